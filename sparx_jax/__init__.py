@@ -1,0 +1,5 @@
+"""SparX in JAX: sparse cross-layer connections for hierarchical vision backbones."""
+
+from sparx_jax.models import create_model, list_models
+
+__all__ = ["create_model", "list_models"]

@@ -1,0 +1,163 @@
+"""Random-access sources of labelled images."""
+
+import os
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sparx_jax.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class Source(Protocol):
+    """Labelled images by index; picklable, so that worker processes can read it.
+
+    `source[i]` is `{"image": ..., "label": int}`, the image either encoded bytes or a
+    uint8 array (height, width, 3). The label indexes `class_names`; `name(i)` is what
+    messages and reports call the image: its path, or "digits test #12".
+    """
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def name(self, index: int) -> str: ...
+
+
+def open_source(data: Any, split: str) -> Source:
+    """Opens the dataset that the `data` configuration names.
+
+    Args:
+      data: attributes `name` ("digits" or "folder"); for digits `image_size`, pixels;
+        for folders `root` and optionally `train_split` and `eval_split`, the names of
+        the split folders ("train" and "test" if absent).
+      split: "train" or "eval".
+
+    Raises:
+      UserError: the name or split is unknown, or the folders do not hold a dataset.
+    """
+    if split not in ("train", "eval"):
+        raise UserError(f"The split is {split!r}: use 'train' or 'eval'.")
+    if data.name == "digits":
+        return DigitsSource(split, data.image_size)
+    if data.name == "folder":
+        train = getattr(data, "train_split", "train")
+        test = getattr(data, "eval_split", "test")
+        return FolderSource(data.root, train if split == "train" else test, train)
+    raise UserError(f"data.name is {data.name!r}: use 'digits' or 'folder'.")
+
+
+class DigitsSource:
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 to `image_size`.
+
+    A fixed stratified split: 1,437 images to train on, 360 to test on. Data: Alpaydin
+    and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+
+    class_names = tuple("0123456789")
+
+    def __init__(self, split: str, image_size: int):
+        # Imported here because it takes a second that folder datasets need not spend.
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        train, test = train_test_split(
+            np.arange(1797), test_size=360, stratify=digits.target, random_state=0
+        )
+        self._split, rows = ("train", train) if split == "train" else ("test", test)
+        self._labels = digits.target[rows]
+        greys = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)  # from 0..16
+        size = (image_size, image_size)
+        self._images = np.stack([Image.fromarray(grey).resize(size) for grey in greys])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = np.repeat(self._images[index, ..., None], 3, axis=-1)
+        return {"image": image, "label": int(self._labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"digits {self._split} #{index}"
+
+
+class FolderSource:
+    """Image files in `root/split/class/`; hidden files and folders are skipped.
+
+    The classes, sorted by name, are the folders of `train_split`, whichever `split`
+    this reads, so that labels agree.
+
+    Raises:
+      UserError: a folder is missing, a class folder holds no image, or `split` has a
+        class that `train_split` has not.
+    """
+
+    def __init__(self, root: str, split: str, train_split: str = "train"):
+        if not os.path.isdir(root):
+            raise UserError(
+                f"data.root is {root!r}, which is not a folder: set it to the folder "
+                f"that holds {train_split}/<class>/."
+            )
+        self._path = os.path.join(root, split)
+        self.class_names = tuple(_class_folders(root, train_split))
+        label_of = {name: label for label, name in enumerate(self.class_names)}
+        files, labels = [], []
+        for name in _class_folders(root, split):
+            path = os.path.join(self._path, name)
+            if name not in label_of:
+                raise UserError(
+                    f"{path} is of a class that {train_split!r} does not have: rename "
+                    "it or add the class there."
+                )
+            class_files = _image_files(path)
+            files += map(os.fsencode, class_files)
+            labels += [label_of[name]] * len(class_files)
+        # Fixed-width bytes: ImageNet's 1.28 million names become one array of 36 MB.
+        self._files, self._labels = np.array(files), np.array(labels, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with open(self.name(index), "rb") as file:
+            return {"image": file.read(), "label": int(self._labels[index])}
+
+    def name(self, index: int) -> str:
+        class_name = self.class_names[self._labels[index]]
+        return os.path.join(self._path, class_name, os.fsdecode(self._files[index]))
+
+
+def _folders(path: str) -> list[str]:
+    with os.scandir(path) as entries:
+        return sorted(e.name for e in entries if e.name[0] != "." and e.is_dir())
+
+
+def _class_folders(root: str, split: str) -> list[str]:
+    path = os.path.join(root, split)
+    if not os.path.isdir(path):
+        there = ", ".join(_folders(root)[:10]) or "none"
+        raise UserError(
+            f"{root} has no folder {split!r} (its folders: {there}): rename one or set "
+            "data.train_split and data.eval_split."
+        )
+    if not (names := _folders(path)):
+        raise UserError(
+            f"{path} has no class folders: put the images of each class into "
+            f"{os.path.join(path, '<class>')}."
+        )
+    return names
+
+
+def _image_files(path: str) -> list[str]:
+    with os.scandir(path) as entries:
+        names = [e.name for e in entries if e.name[0] != "." and e.is_file()]
+    files = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    if not files:
+        raise UserError(
+            f"The class folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}): "
+            "add images or delete the folder."
+        )
+    return files

@@ -1,0 +1,80 @@
+"""Convolutions with the padding and the initialisation of the authors' network."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from sparx_jax import ops
+from sparx_jax.layers import init
+from sparx_jax.typing import Array, Float
+
+
+def conv3x3(
+    dim: int, out_dim: int, *, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """3 x 3 convolution without bias, one pixel of padding on every side.
+
+    XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the picture.
+    """
+    return nnx.Conv(
+        dim,
+        out_dim,
+        (3, 3),
+        stride,
+        padding=1,
+        use_bias=False,
+        kernel_init=init.weights,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def pointwise(
+    dim: int, out_dim: int, *, bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """1 x 1 convolution, as the matrix product that it is."""
+    return nnx.Linear(
+        dim, out_dim, use_bias=bias, kernel_init=init.weights, dtype=dtype, rngs=rngs
+    )
+
+
+class GroupedPointwise(nnx.Module):
+    """1 x 1 convolution in groups of equal width: one matrix product a group."""
+
+    def __init__(
+        self, groups: int, dim: int, out_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        shape = (groups, dim // groups, out_dim // groups)
+        self.kernel = nnx.Param(init.weights(rngs.params(), shape))
+        self.bias = nnx.Param(jnp.zeros(out_dim))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
+        kernels = self.kernel[...].astype(self.dtype)
+        parts = jnp.split(x, len(kernels), -1)
+        parts = [part @ kernel for part, kernel in zip(parts, kernels, strict=True)]
+        return jnp.concatenate(parts, -1) + self.bias[...].astype(self.dtype)
+
+
+class DepthwiseConv(nnx.Module):
+    """k x k convolution of each channel by itself, padding k // 2."""
+
+    def __init__(
+        self,
+        dim: int,
+        size: int,
+        *,
+        stride: int = 1,
+        bias: bool = True,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(init.weights(rngs.params(), (size, size, dim)))
+        self.bias = nnx.Param(jnp.zeros(dim)) if bias else None
+        self.stride = stride
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        x = ops.depthwise_conv(x, kernel, stride=self.stride)
+        return x if self.bias is None else x + self.bias[...].astype(self.dtype)

@@ -1,0 +1,77 @@
+"""Normalisation and per-channel affine layers with the constants of torch."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from sparx_jax import ops
+from sparx_jax.typing import Array, Float
+
+# torch's defaults, on which the released weights depend.
+EPS = 1e-5
+STAGE_NORM_EPS = 1e-6
+BATCH_NORM_MOMENTUM = 0.1  # weight of the new batch; Flax counts the other way round
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm with one group: statistics over rows, columns and channels."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return ops.group_norm(x, self.scale[...], self.bias[...], eps=EPS)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm over the channels of each pixel."""
+
+    def __init__(self, dim: int, *, eps: float = EPS):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
+class BatchNorm(nnx.Module):
+    """BatchNorm over batch, rows and columns, as torch's BatchNorm2d.
+
+    Flax's own keeps the biased variance in its running average; torch keeps the
+    unbiased one.  Under jit over a mesh the batch is the global one, which equals the
+    authors' synchronised BatchNorm.
+    """
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+        self.mean = nnx.BatchStat(jnp.zeros(dim))
+        self.var = nnx.BatchStat(jnp.ones(dim))
+        self.use_running_average = True  # the name that nnx's train() and eval() set
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        x32 = x.astype(jnp.float32)
+        if self.use_running_average:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var = (m.reshape(-1) for m in ops.moments(x32, (0, 1, 2)))
+            count = x.size // x.shape[-1]
+            unbiased = var * (count / max(count - 1, 1))
+            for average, new in ((self.mean, mean), (self.var, unbiased)):
+                step = BATCH_NORM_MOMENTUM * (lax.stop_gradient(new) - average[...])
+                average.set_value(average[...] + step)
+        inverse = lax.rsqrt(var + EPS) * self.scale[...]
+        return ((x32 - mean) * inverse + self.bias[...]).astype(x.dtype)
+
+
+class ChannelAffine(nnx.Module):
+    """Scale and bias per channel: the learnable residual path of stages 3 and 4."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)

@@ -1,0 +1,91 @@
+"""Two-dimensional selective scan, the token mixer of SparX-Mamba."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparx_jax import ops
+from sparx_jax.layers import init
+from sparx_jax.layers.conv import DepthwiseConv, pointwise
+from sparx_jax.layers.norm import GroupNorm
+from sparx_jax.typing import Array, Float
+
+# Step sizes at initialisation are log-uniform in this range.
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+
+
+class SS2D(nnx.Module):
+    """Depthwise 5 x 5, SiLU, four selective scans of the map, GroupNorm, pointwise.
+
+    The directions are rows, columns, and both backwards; their outputs are summed.
+    Takes the map that the block has projected to `input_dim` channels.
+    Source: Liu et al., "VMamba", arXiv:2401.10166; Mamba's initialisation.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        inner_ratio: int,
+        state_dim: int,
+        scan_method: ops.scan.ScanMethod,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        d, n, k = self.input_dim(dim, inner_ratio), state_dim, 4
+        r = math.ceil(dim / 16)
+        spread = lambda bound: init.uniform(-bound, bound)  # noqa: E731
+        log_dt = init.uniform(math.log(DT_MIN), math.log(DT_MAX))
+        dt = jnp.maximum(jnp.exp(log_dt(rngs.params(), (k, d))), DT_FLOOR)
+
+        self.conv = DepthwiseConv(d, 5, dtype=dtype, rngs=rngs)
+        self.x_proj = nnx.Param(spread(d**-0.5)(rngs.params(), (k, d, r + 2 * n)))
+        self.dt_proj = nnx.Param(spread(r**-0.5)(rngs.params(), (k, r, d)))
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus inverted
+        log_states = jnp.log(jnp.arange(1.0, n + 1))
+        self.a_log = nnx.Param(jnp.broadcast_to(log_states, (k, d, n)))
+        self.skip = nnx.Param(jnp.ones((k, d)))
+        self.norm = GroupNorm(d)
+        self.out_proj = pointwise(d, dim, dtype=dtype, rngs=rngs)
+        self.scan_method = scan_method
+
+    @staticmethod
+    def input_dim(dim: int, inner_ratio: int) -> int:
+        """Channels of the projected map."""
+        return inner_ratio * dim
+
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w c"]:
+        return self.out_proj(self.norm(self.scan(jax.nn.silu(self.conv(x)))))
+
+    def scan(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        """The sum of the four directional scans.
+
+        Projections act on single tokens, so they are computed in the map's own order;
+        rows and columns need one transposed copy of the map, not four.
+        """
+        columns = x.swapaxes(1, 2)
+        by_column = self._there_and_back(columns, slice(1, None, 2))
+        return self._there_and_back(x, slice(0, None, 2)) + by_column.swapaxes(1, 2)
+
+    def _there_and_back(self, x, directions):
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        x_proj = self.x_proj[directions].astype(x.dtype)
+        dt_proj = self.dt_proj[directions].astype(x.dtype)
+        r = dt_proj.shape[1]
+        p = jnp.einsum("bld,kde->kble", tokens, x_proj)
+        dt, b, c = jnp.split(p, (r, (r + p.shape[-1]) // 2), -1)
+        dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj)
+        dt = dt + self.dt_bias[directions][:, None, None].astype(x.dtype)
+        y = ops.selective_scan(
+            tokens,
+            dt,
+            -jnp.exp(self.a_log[directions]),
+            b,
+            c,
+            self.skip[directions],
+            reverse=(False, True),
+            method=self.scan_method,
+        )
+        return y.reshape(x.shape)

@@ -1,0 +1,192 @@
+"""The hierarchical backbone: stem, four wired stages, classifier."""
+
+import functools
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparx_jax.layers import init
+from sparx_jax.layers.aggregator import Aggregator
+from sparx_jax.layers.conv import pointwise
+from sparx_jax.layers.norm import STAGE_NORM_EPS, GroupNorm, LayerNorm
+from sparx_jax.layers.patch import Downsample, Stem
+from sparx_jax.layers.ss2d import SS2D
+from sparx_jax.models.block import Block
+from sparx_jax.models.config import NUM_STAGES, ModelConfig
+from sparx_jax.models.wiring import STAGE_INPUT
+from sparx_jax.typing import Array, Float, Key
+
+TOTAL_STRIDE = 32
+"""Pixels of the picture per pixel of the last map; also the smallest useful picture."""
+
+
+class Stage(nnx.Module):
+    """Layers at one resolution, connected by the stage's wiring."""
+
+    def __init__(self, config: ModelConfig, stage: int, key: Key[Array, ""]):
+        self.wiring = config.wiring(stage)
+        # Every layer and every part of it has its own key: changing the connector
+        # leaves the initial weights of all else as they were, so ablations are fair.
+        self.blocks = nnx.List(
+            _block(config, stage, index, jax.random.fold_in(key, index))
+            for index in range(config.depths[stage])
+        )
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None
+    ) -> list[Float[Array, "b h w c"]]:
+        outputs = {STAGE_INPUT: x}
+        for index, block in enumerate(self.blocks):
+            context = tuple(outputs[source] for source in self.wiring[index].sources)
+            block_key = None if key is None else jax.random.fold_in(key, index)
+            outputs[index] = x = block(x, context, block_key)
+        return [outputs[index] for index in range(len(self.blocks))]
+
+
+def _block(config, stage, index, key):
+    dim, dtype = config.dims[stage], jnp.dtype(config.dtype)
+    first = sum(config.depths[:stage]) + index
+    steps = max(sum(config.depths) - 1, 1)
+    rngs = (nnx.Rngs(k) for k in jax.random.split(key, 3))
+
+    def make():
+        return dict(dtype=dtype, rngs=next(rngs))
+
+    mixer = SS2D(
+        dim,
+        inner_ratio=config.inner_ratio,
+        state_dim=config.state_dim,
+        scan_method=config.scan_method,
+        **make(),
+    )
+    in_dim = SS2D.input_dim(dim, config.inner_ratio)
+    sources = config.wiring(stage)[index].sources
+    if sources:
+        project = Aggregator(
+            dim,
+            dim * len(sources),
+            in_dim,
+            reduction=config.reductions[stage],
+            groups=config.attention_groups,
+            **make(),
+        )
+    else:
+        project = pointwise(dim, in_dim, **make())
+    return Block(
+        dim,
+        project=project,
+        mixer=mixer,
+        mlp_dim=int(dim * config.mlp_ratio),
+        drop_path=config.drop_path_rate * first / steps,
+        scaled_residual=stage in config.scaled_residual_stages,
+        **make(),
+    )
+
+
+def _compiled(method):
+    """Compiles a forward pass that is called on arrays, outside any transformation.
+
+    Run op by op, it would compile every operation by itself, which takes longer, and
+    fuse nothing.  Inside jit, grad and the like, and in training mode, it just runs.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self, images, *, key=None):
+        traced = isinstance(images, jax.core.Tracer) or any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(self))
+        )
+        if traced or not self.deterministic:
+            return method(self, images, key=key)
+        return _run(*nnx.split(self), name, jnp.asarray(images))
+
+    return call
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _run(graphdef, state, method, images):
+    return getattr(nnx.merge(graphdef, state), method)(images)
+
+
+class Backbone(nnx.Module):
+    """SparX: a hierarchical network whose ganglion layers read many earlier layers.
+
+    Built in evaluation mode.  `model.train()` switches BatchNorm to batch statistics
+    and drop path on; the call then needs a `key` if `drop_path_rate` is positive.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        key, dtype = rngs.params(), jnp.dtype(config.dtype)
+        part = lambda index: nnx.Rngs(jax.random.fold_in(key, index))  # noqa: E731
+        dims = config.dims
+        self.config = config
+        self.deterministic = True  # the name that nnx's train() and eval() set
+        self.stem = Stem(
+            config.in_channels,
+            dims[0],
+            num_convs=config.stem_convs,
+            dtype=dtype,
+            rngs=part(0),
+        )
+        self.stages = nnx.List(
+            Stage(config, i, jax.random.fold_in(key, 100 + i))
+            for i in range(NUM_STAGES)
+        )
+        self.downsamples = nnx.List(
+            Downsample(a, b, dtype=dtype, rngs=part(200 + i))
+            for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False))
+        )
+        norms = [LayerNorm(d, eps=STAGE_NORM_EPS) for d in dims]
+        self.stage_norms = nnx.List(norms) if config.stage_norms else None
+        self.head_norm = None if config.stage_norms else GroupNorm(dims[-1])
+        head = dict(kernel_init=init.weights, rngs=part(300))
+        classes = config.num_classes
+        self.head = nnx.Linear(dims[-1], classes, **head) if classes else None
+
+    @_compiled
+    def __call__(
+        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "b classes"]:
+        """Logits in float32, or pooled features if `num_classes` is 0."""
+        last = self.forward_layers(images, key=key)[-1][-1]
+        with self._precision():
+            last = (self.stage_norms[-1] if self.stage_norms else self.head_norm)(last)
+            pooled = last.astype(jnp.float32).mean((1, 2))
+            return pooled if self.head is None else self.head(pooled)
+
+    @_compiled
+    def forward_features(
+        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+    ) -> list[Float[Array, "b h2 w2 c"]]:
+        """The four stage outputs before the downsample, at strides 4, 8, 16 and 32.
+
+        Normalised per pixel if `stage_norms` is set.
+        """
+        maps = [outputs[-1] for outputs in self.forward_layers(images, key=key)]
+        if self.stage_norms is None:
+            return maps
+        return [norm(x) for norm, x in zip(self.stage_norms, maps, strict=True)]
+
+    @_compiled
+    def forward_layers(
+        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+    ) -> list[list[Float[Array, "b h2 w2 c"]]]:
+        """The output of every layer, by stage."""
+        with self._precision():
+            x = self.stem(images.astype(self.config.dtype))
+            layers = []
+            for i, stage in enumerate(self.stages):
+                if i:
+                    x = self.downsamples[i - 1](x)
+                stage_key = None if key is None else jax.random.fold_in(key, i)
+                layers.append(stage(x, stage_key))
+                x = layers[-1][-1]
+            return layers
+
+    def _precision(self):
+        # Accelerators would multiply float32 matrices in TF32 or bfloat16.
+        if self.config.dtype == "float32":
+            return jax.default_matmul_precision("float32")
+        return nullcontext()

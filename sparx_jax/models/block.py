@@ -1,0 +1,63 @@
+"""One layer of a backbone: position, token mixing with or without context, MLP."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparx_jax.layers.conv import DepthwiseConv
+from sparx_jax.layers.mlp import ConvMlp
+from sparx_jax.layers.norm import ChannelAffine, GroupNorm
+from sparx_jax.layers.stochastic import DropPath
+from sparx_jax.typing import Array, Float, Key
+
+
+class Block(nnx.Module):
+    """`project` feeds `mixer`; in a ganglion layer it also reads the context.
+
+    The mixer knows nothing of the connector and the connector nothing of the mixer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        project: nnx.Module,
+        mixer: nnx.Module,
+        mlp_dim: int,
+        drop_path: float,
+        scaled_residual: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.position = DepthwiseConv(dim, 3, dtype=dtype, rngs=rngs)
+        self.mixer_norm = GroupNorm(dim)
+        self.project = project
+        self.mixer = mixer
+        self.mlp_norm = GroupNorm(dim)
+        self.mlp = ConvMlp(dim, mlp_dim, dtype=dtype, rngs=rngs)
+        self.mixer_residual = ChannelAffine(dim) if scaled_residual else None
+        self.mlp_residual = ChannelAffine(dim) if scaled_residual else None
+        self.drop_path = DropPath(drop_path)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        context: tuple[Float[Array, "b h w c"], ...] = (),
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x + self.position(x)
+        h = self.mixer_norm(x)
+        if context:
+            h = self.project(h, jnp.concatenate(context, -1))
+        else:
+            h = self.project(h)
+        x = _residual(x, self.mixer_residual) + self.drop_path(self.mixer(h), keys[0])
+        h = self.mlp(self.mlp_norm(x))
+        return _residual(x, self.mlp_residual) + self.drop_path(h, keys[1])
+
+
+def _residual(x, scale: Callable | None):
+    return x if scale is None else scale(x)

@@ -1,0 +1,122 @@
+"""Laws of the sources: what they hold, in which order, and what they reject."""
+
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparx_jax.data import open_source
+from sparx_jax.errors import UserError
+
+DIGITS = SimpleNamespace(name="digits", image_size=32)
+
+
+def folder(root, **splits):
+    return SimpleNamespace(name="folder", root=str(root), **splits)
+
+
+def write_images(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 3)).save(root / path)
+
+
+def labels(source):
+    return [source[i]["label"] for i in range(len(source))]
+
+
+def files(source, root):
+    return [source.name(i).removeprefix(f"{root}/") for i in range(len(source))]
+
+
+def test_digits_split_is_fixed_and_stratified():
+    train, test = open_source(DIGITS, "train"), open_source(DIGITS, "eval")
+    assert (len(train), len(test)) == (1437, 360)
+    digest = hashlib.sha256(bytes(labels(train) + labels(test))).hexdigest()
+    assert digest[:16] == "859da86469a170c7"
+    shares = [np.bincount(labels(s)) / len(s) for s in (train, test)]
+    np.testing.assert_allclose(*shares, atol=0.002)
+
+
+def test_digits_are_grey_images_of_the_wanted_size():
+    source = open_source(DIGITS, "eval")
+    image = source[0]["image"]
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+    assert (image == image[..., :1]).all() and image.min() == 0 and image.max() > 240
+    assert source.class_names == tuple("0123456789")
+    assert source.name(12) == "digits test #12"
+
+
+def test_digits_splits_share_no_image():
+    train, test = open_source(DIGITS, "train"), open_source(DIGITS, "eval")
+    seen = {train[i]["image"].tobytes() for i in range(len(train))}
+    assert not any(test[i]["image"].tobytes() in seen for i in range(len(test)))
+
+
+def test_folder_classes_and_files_are_sorted_by_name(tmp_path):
+    write_images(tmp_path, "train/dog/b.PNG", "train/dog/a.jpeg", "train/cat/ü.webp")
+    source = open_source(folder(tmp_path), "train")
+    assert source.class_names == ("cat", "dog")
+    assert files(source, tmp_path) == [
+        "train/cat/ü.webp",
+        "train/dog/a.jpeg",
+        "train/dog/b.PNG",
+    ]
+    assert labels(source) == [0, 1, 1]
+    assert source[1]["image"] == (tmp_path / "train/dog/a.jpeg").read_bytes()
+
+
+def test_hidden_and_other_files_are_skipped(tmp_path):
+    write_images(tmp_path, "train/cat/a.png", "train/cat/.b.png", "train/.old/c.png")
+    (tmp_path / "train/cat/notes.txt").write_text("no image")
+    (tmp_path / "train/readme.md").write_text("no class")
+    assert files(open_source(folder(tmp_path), "train"), tmp_path) == [
+        "train/cat/a.png"
+    ]
+
+
+def test_eval_split_uses_the_classes_of_the_train_split(tmp_path):
+    write_images(tmp_path, "fit/cat/a.png", "fit/dog/a.png", "val/dog/b.png")
+    data = folder(tmp_path, train_split="fit", eval_split="val")
+    source = open_source(data, "eval")
+    assert source.class_names == ("cat", "dog")
+    assert labels(source) == [1]
+
+
+def assert_rejected(data, split, *words):
+    with pytest.raises(UserError) as error:
+        open_source(data, split)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_class_unknown_to_the_train_split_is_named(tmp_path):
+    write_images(tmp_path, "train/cat/a.png", "test/cow/b.png")
+    assert_rejected(folder(tmp_path), "eval", "test/cow", "'train'")
+
+
+def test_empty_class_folder_is_named(tmp_path):
+    write_images(tmp_path, "train/cat/a.png")
+    (tmp_path / "train/cow").mkdir()
+    assert_rejected(folder(tmp_path), "train", str(tmp_path / "train/cow"), "no image")
+
+
+def test_missing_root_is_named(tmp_path):
+    assert_rejected(folder(tmp_path / "nowhere"), "train", "nowhere", "data.root")
+
+
+def test_missing_split_lists_the_folders_that_are_there(tmp_path):
+    write_images(tmp_path, "training/cat/a.png", "val/cat/a.png")
+    assert_rejected(folder(tmp_path), "train", "'train'", "training, val")
+
+
+def test_split_without_class_folders_is_rejected(tmp_path):
+    write_images(tmp_path, "train/a.png")
+    assert_rejected(folder(tmp_path), "train", "no class folders")
+
+
+def test_unknown_dataset_and_split_are_rejected():
+    assert_rejected(SimpleNamespace(name="mnist"), "train", "'mnist'", "'digits'")
+    assert_rejected(DIGITS, "test", "'test'", "'eval'")

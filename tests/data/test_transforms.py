@@ -1,0 +1,152 @@
+"""Laws of the transforms: geometry, randomness, and what the decoder accepts."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparx_jax.data import decode_image, eval_transform, train_transform
+from sparx_jax.data.transforms import random_crop_box
+from sparx_jax.errors import UserError
+
+
+def config(**changes):
+    defaults = dict(image_size=32, crop="resized", crop_padding=4, crop_ratio=0.9)
+    return SimpleNamespace(**defaults | dict(scale=(0.08, 1.0), flip=False) | changes)
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encode(image, format="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def test_random_resized_crop_obeys_scale_and_ratio():
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_crop_box(400, 400, (0.1, 0.5), rng) for _ in range(4000)])
+    assert boxes.min() >= 0 and boxes.max() <= 400
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    share, log_ratio = width * height / 400**2, np.log(width / height)
+    assert 0.098 < share.min() < 0.102 and 0.49 < share.max() < 0.51
+    assert abs(share.mean() - 0.3) < 0.01  # uniform
+    assert 0.28 < np.abs(log_ratio).max() < np.log(4 / 3) + 0.02
+    assert abs(log_ratio.mean()) < 0.01  # log-uniform
+    centre = (boxes[:, :2] + boxes[:, 2:]).mean(0) / 2
+    np.testing.assert_allclose(centre, 200, atol=3)
+
+
+@pytest.mark.parametrize(
+    "size, box",
+    [
+        ((100, 10), (43, 0, 56, 10)),
+        ((10, 100), (0, 43, 10, 56)),
+        ((8, 9), (0, 0, 8, 9)),
+    ],
+)
+def test_crop_that_never_fits_falls_back_to_the_centre(size, box):
+    scale = (1.5, 2.0)  # larger than the image
+    assert random_crop_box(*size, scale, np.random.default_rng(0)) == box
+
+
+def test_random_resized_crop_crops_before_it_resizes():
+    image, data = noise(90, 70), config()
+    box = random_crop_box(*image.size, data.scale, np.random.default_rng(5))
+    expected = image.crop(box).resize((32, 32), Image.Resampling.BICUBIC)
+    out = train_transform(data)(image, np.random.default_rng(5))
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_padded_crops_are_the_windows_of_the_zero_padded_image():
+    image, data = noise(8, 8), config(image_size=8, crop="padded", crop_padding=2)
+    padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)))
+    windows = {
+        padded[y : y + 8, x : x + 8].tobytes() for y in range(5) for x in range(5)
+    }
+    rng, transform = np.random.default_rng(0), train_transform(data)
+    assert {transform(image, rng).tobytes() for _ in range(400)} == windows
+
+
+def test_half_of_the_images_are_mirrored():
+    image = noise(8, 8)
+    data = config(image_size=8, crop="padded", crop_padding=0, flip=True)
+    rng, transform = np.random.default_rng(0), train_transform(data)
+    outs = [transform(image, rng).tobytes() for _ in range(400)]
+    original = np.asarray(image)
+    mirrored = outs.count(original[:, ::-1].tobytes())
+    assert 160 < mirrored < 240
+    assert outs.count(original.tobytes()) == 400 - mirrored
+
+
+@pytest.mark.parametrize("crop", ["resized", "padded"])
+@pytest.mark.parametrize("size", [(32, 32), (1, 1), (7, 50), (131, 64)])
+def test_every_image_becomes_a_uint8_square(crop, size):
+    data = config(crop=crop, flip=True)
+    image = noise(*size)
+    outs = (
+        train_transform(data)(image, np.random.default_rng(0)),
+        eval_transform(data)(image),
+    )
+    for out in outs:
+        assert out.shape == (32, 32, 3) and out.dtype == np.uint8
+
+
+def test_train_transform_draws_only_from_its_generator():
+    image, transform = noise(50, 40), train_transform(config(flip=True))
+    first, second, other = (
+        transform(image, np.random.default_rng(seed)).tobytes() for seed in (1, 1, 2)
+    )
+    assert first == second != other
+
+
+@pytest.mark.parametrize(
+    "size, resized, corner",
+    [((100, 75), (48, 36), (8, 2)), ((75, 104), (36, 49), (2, 8))],
+)
+def test_eval_transform_resizes_the_shorter_edge_and_cuts_the_centre(
+    size, resized, corner
+):
+    # 32 / 0.9 = 35.6 -> 36; the longer edge rounds down; 8.5 pixels round to 8.
+    image, (left, top) = noise(*size), corner
+    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    expected = whole[top : top + 32, left : left + 32]
+    np.testing.assert_array_equal(eval_transform(config())(image), expected)
+
+
+def test_eval_transform_passes_padded_images_of_the_right_size_unchanged():
+    image = noise(32, 32)
+    np.testing.assert_array_equal(eval_transform(config(crop="padded"))(image), image)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_colour_mode_becomes_rgb(mode):
+    image = Image.new("RGB", (5, 4), (255, 255, 255)).convert(mode)
+    decoded = decode_image(encode(image, "JPEG" if mode == "CMYK" else "PNG"))
+    assert decoded.mode == "RGB" and decoded.size == (5, 4)
+    assert np.asarray(decoded).min() > 250
+
+
+def test_sixteen_bits_are_rescaled_to_eight():
+    grey = np.array([[0, 256, 32768, 65535]], np.uint16)
+    decoded = np.asarray(decode_image(encode(Image.fromarray(grey))))
+    assert decoded[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_truncated_files_are_rejected(format):
+    encoded = encode(noise(64, 64), format)
+    with pytest.raises(Exception):  # noqa: B017 (Pillow raises many kinds)
+        decode_image(encoded[: len(encoded) // 2])
+
+
+def test_bad_configuration_is_rejected():
+    with pytest.raises(UserError, match="data.crop is 'centre'"):
+        train_transform(config(crop="centre"))
+    with pytest.raises(UserError, match="data.crop_ratio is 1.2"):
+        eval_transform(config(crop_ratio=1.2))
