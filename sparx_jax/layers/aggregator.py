@@ -112,6 +112,8 @@ def _widen(x, missing):
     if missing == 0:
         return x
     dim = x.shape[-1]
-    bounds = [(i * dim // missing, -(-(i + 1) * dim // missing)) for i in range(missing)]
+    bounds = [
+        (i * dim // missing, -(-(i + 1) * dim // missing)) for i in range(missing)
+    ]
     means = [x[..., low:high].mean(-1, keepdims=True) for low, high in bounds]
     return jnp.concatenate([x, *means], -1)

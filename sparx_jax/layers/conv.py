@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from sparx_jax import ops
 from sparx_jax.layers import init

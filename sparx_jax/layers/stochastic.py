@@ -23,6 +23,8 @@ class DropPath(nnx.Module):
         if self.deterministic or self.rate == 0.0:
             return x
         if key is None:
-            raise ValueError("drop path in training mode needs a key: model(x, key=...)")
+            raise ValueError(
+                "drop path in training mode needs a key: model(x, key=...)"
+            )
         keep = jax.random.bernoulli(key, 1 - self.rate, (len(x), 1, 1, 1))
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)

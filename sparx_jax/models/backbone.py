@@ -2,6 +2,7 @@
 
 import functools
 from contextlib import nullcontext
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,8 @@ def _compiled(method):
     @functools.wraps(method)
     def call(self, images, *, key=None):
         traced = isinstance(images, jax.core.Tracer) or any(
-            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(nnx.state(self))
+            isinstance(leaf, jax.core.Tracer)
+            for leaf in jax.tree.leaves(nnx.state(self))
         )
         if traced or not self.deterministic:
             return method(self, images, key=key)
@@ -136,7 +138,7 @@ class Backbone(nnx.Module):
         )
         self.downsamples = nnx.List(
             Downsample(a, b, dtype=dtype, rngs=part(200 + i))
-            for i, (a, b) in enumerate(zip(dims, dims[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(dims))
         )
         norms = [LayerNorm(d, eps=STAGE_NORM_EPS) for d in dims]
         self.stage_norms = nnx.List(norms) if config.stage_norms else None

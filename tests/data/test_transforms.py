@@ -146,7 +146,7 @@ def test_truncated_files_are_rejected(format):
 
 
 def test_bad_configuration_is_rejected():
-    with pytest.raises(UserError, match="data.crop is 'centre'"):
+    with pytest.raises(UserError, match=r"data\.crop is 'centre'"):
         train_transform(config(crop="centre"))
-    with pytest.raises(UserError, match="data.crop_ratio is 1.2"):
+    with pytest.raises(UserError, match=r"data\.crop_ratio is 1.2"):
         eval_transform(config(crop_ratio=1.2))

@@ -233,7 +233,7 @@ def test_a_module_prefix_is_cut_off_only_if_all_names_have_it(tmp_path):
     def names(extension, *saved):
         path = tmp_path / f"a{extension}"
         if extension == ".safetensors":
-            save_file({name: WEIGHTS for name in saved}, path)
+            save_file(dict.fromkeys(saved, WEIGHTS), path)
         else:
             write(path, {name: whole(WEIGHTS) for name in saved}, WEIGHTS)
         return set(read_torch_file(path))

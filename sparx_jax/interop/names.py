@@ -1,0 +1,143 @@
+"""Which array of the authors' PyTorch network is which of ours: one table, two ways."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from einops import EinopsError, rearrange
+
+from sparx_jax.errors import UserError
+
+# Entries without a counterpart: torch counts batches for a kind of running average that
+# these networks do not use.
+IGNORED = re.compile(r"\.num_batches_tracked$")
+
+# (part of our path, part of the torch name); all rows that match apply, in order.
+_RENAMES = (
+    (r"^stem\.convs\.0", "patch_embed.0"),
+    (r"^stem\.norms\.0", "patch_embed.1"),
+    (r"^stem\.convs\.1", "patch_embed.3"),
+    (r"^stem\.norms\.1", "patch_embed.4"),
+    (r"^stem\.convs\.2", "patch_embed.6"),
+    (r"^stem\.norms\.2", "patch_embed.7"),
+    (r"^downsamples\.(\d)\.conv", r"layers.\1.downsample.0"),
+    (r"^downsamples\.(\d)\.norm", r"layers.\1.downsample.1"),
+    (r"^stage_norms", "norm"),
+    (r"^head_norm", "classifier.0"),
+    (r"^head", "classifier.3"),
+    (r"^stages", "layers"),
+    (r"\.position\.", ".pos_embed."),
+    (r"\.mixer_norm\.", ".norm."),
+    (r"\.mlp_norm\.", ".norm2."),
+    (r"\.mixer_residual\.", ".layerscale_1."),
+    (r"\.mlp_residual\.", ".layerscale_2."),
+    (r"\.mlp\.expand", ".mlp.fc1"),
+    (r"\.mlp\.conv", ".mlp.dwconv"),
+    (r"\.mlp\.reduce", ".mlp.fc2"),
+    (r"\.mixer\.conv", ".op.conv2d"),
+    (r"\.mixer\.norm", ".op.out_norm"),
+    (r"\.mixer\.out_proj", ".op.out_proj"),
+    (r"\.mixer\.(x_proj|dt_proj)$", r".op.\1_weight"),
+    (r"dt_proj_weight$", "dt_projs_weight"),
+    (r"\.mixer\.dt_bias$", ".op.dt_projs_bias"),
+    (r"\.mixer\.a_log$", ".op.A_logs"),
+    (r"\.mixer\.skip$", ".op.Ds"),
+    (r"\.project\.context_norm", ".op.d_norm"),
+    (r"\.project\.context_conv\.", ".op.d_proj.0."),
+    (r"\.project\.context_conv_norm", ".op.d_proj.1"),
+    (r"\.project\.context_proj", ".op.d_proj.3"),
+    (r"\.project\.value\.proj\.", ".op.v.0."),
+    (r"\.project\.value\.proj_norm", ".op.v.1"),
+    (r"\.project\.(q|k)(?:uery|ey)\.conv\.", r".op.\1.0.0."),
+    (r"\.project\.(q|k)(?:uery|ey)\.conv_norm", r".op.\1.0.1"),
+    (r"\.project\.(q|k)(?:uery|ey)\.proj\.", r".op.\1.1."),
+    (r"\.project\.(q|k)(?:uery|ey)\.proj_norm", r".op.\1.2"),
+    (r"\.project\.fuse_conv", ".op.in_proj.0"),
+    (r"\.project\.fuse_proj", ".op.in_proj.2"),
+    (r"\.project\.", ".op.in_proj."),
+    (r"\.(kernel|scale)$", ".weight"),
+    (r"\.(mean|var)$", r".running_\1"),
+)
+
+# (our path, axes in torch, axes here); the first row that matches counts.
+_AXES = (
+    (r"^(stem|downsamples)\..*kernel$", "o i h w", "h w i o"),
+    (r"(conv|position)\.kernel$", "c 1 h w", "h w c"),
+    (r"fuse_proj\.kernel$", "(g o) i 1 1", "g i o"),
+    (r"^head\.kernel$", "o i", "i o"),
+    (r"kernel$", "o i 1 1", "i o"),
+    (r"x_proj$", "(k e) d 1", "k d e"),
+    (r"dt_proj$", "k d r", "k r d"),
+    (r"a_log$", "(k d) n", "k d n"),
+    (r"skip$", "(k d)", "k d"),
+    (r"_residual\.scale$", "c 1 1 1", "c"),
+    (r"dt_bias$", "k d", "k d"),
+    (r"", "c", "c"),
+)
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def torch_name(path: str) -> str:
+    """The state-dict name of our array `path` ("stages.0.blocks.1.mlp_norm.scale")."""
+    for pattern, replacement in _RENAMES:
+        path = re.sub(pattern, replacement, path)
+    return path
+
+
+def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
+    """Our arrays, by path, from a torch state dict.
+
+    Args:
+      weights: arrays by torch name.
+      shapes: the shape of every array of the network, by path.
+
+    Raises:
+      UserError: the two do not match one to one, name by name and shape by shape.
+    """
+    names = {torch_name(path): path for path in shapes}
+    given = {name for name in weights if not IGNORED.search(name)}
+    missing, unknown = sorted(names.keys() - given), sorted(given - names.keys())
+    if missing or unknown:
+        raise UserError(
+            "The weights are of another network: they lack "
+            f"{_some(missing)}, which it needs, and hold {_some(unknown)}, which it "
+            "has not; create the model that they were saved from."
+        )
+    arrays, wrong = {}, []
+    for name, path in names.items():
+        array, shape = np.asarray(weights[name]), tuple(shapes[path])
+        there, here = _axes(path)
+        try:
+            arrays[path] = rearrange(array, f"{there} -> {here}", **_sizes(here, shape))
+        except EinopsError:
+            wrong.append(f"{name} {array.shape}")
+    if wrong:
+        raise UserError(
+            f"The weights are of a network of other widths: {_some(wrong)} do not fit; "
+            "create the model that they were saved from (the number of classes too)."
+        )
+    return arrays
+
+
+def to_torch(arrays: Arrays) -> dict[str, np.ndarray]:
+    """The torch state dict of our arrays, without torch's counters of batches."""
+    weights = {}
+    for path, array in arrays.items():
+        there, here = _axes(path)
+        array = rearrange(np.asarray(array), f"{here} -> {there}")
+        weights[torch_name(path)] = np.ascontiguousarray(array)
+    return weights
+
+
+def _axes(path):
+    return next(row[1:] for row in _AXES if re.search(row[0], path))
+
+
+def _sizes(axes, shape):
+    return dict(zip(axes.split(), shape, strict=True))
+
+
+def _some(names):
+    shown = ", ".join(names[:5]) or "nothing"
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,43 @@
+"""Loads the authors' weights into a model, and gives a model's weights back."""
+
+import os
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sparx_jax.interop.names import from_torch, to_torch
+from sparx_jax.interop.torch_files import read_torch_file
+
+
+def load_torch_weights(
+    model: nnx.Module, weights: str | os.PathLike | Mapping[str, np.ndarray]
+) -> None:
+    """Replaces all parameters and BatchNorm statistics of `model`.
+
+    Args:
+      model: a network whose torch counterpart saved the weights.
+      weights: a `.pth` or `.safetensors` file, read without running anything from it,
+        or arrays by torch name.
+
+    Raises:
+      UserError: the file cannot be read, or weights and network do not match one to
+        one; then the model is left as it was.
+    """
+    if not isinstance(weights, Mapping):
+        weights = read_torch_file(weights)
+    variables = _variables(model)
+    arrays = from_torch(weights, {path: v.shape for path, v in variables.items()})
+    for path, variable in variables.items():
+        variable.set_value(jnp.asarray(arrays[path], variable.dtype))
+
+
+def torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Parameters and statistics of `model` by torch name, to be saved."""
+    return to_torch({path: np.asarray(v[...]) for path, v in _variables(model).items()})
+
+
+def _variables(model):
+    leaves = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): variable for path, variable in leaves}

@@ -1,0 +1,11 @@
+"""Settings of the whole suite."""
+
+import os
+from pathlib import Path
+
+# Compiling is what tests cost here, so what was compiled is kept.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
