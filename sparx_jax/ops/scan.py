@@ -54,6 +54,10 @@ def selective_scan(
     """
     if method not in SCAN_METHODS:
         raise ValueError(f"scan method {method!r} is none of {SCAN_METHODS}")
+    if len(reverse) != len(dt):
+        raise ValueError(
+            f"{len(dt)} directions, {len(reverse)} entries in reverse={reverse}"
+        )
     operands = x, dt, a, b, c, d
     if method == "sequential":
         return _sequential(*operands, reverse=reverse)
