@@ -23,6 +23,8 @@ def depthwise_conv(
     Output size: floor((size - 1) / stride) + 1.  Products are summed in the dtype of
     `x` on CPU, in float32 elsewhere.
     """
+    if len(kernel) % 2 == 0:  # the backends would pad it differently
+        raise ValueError(f"depthwise filters must be odd, not {kernel.shape[:2]}")
     return _depthwise(x, kernel.astype(x.dtype), stride)
 
 

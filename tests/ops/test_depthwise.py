@@ -1,0 +1,119 @@
+"""Both backends of the depthwise convolution, against loops in NumPy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparx_jax.ops import depthwise, depthwise_conv
+
+# Largest difference over the largest magnitude.  float32: sums of at most 100 products.
+# bfloat16: the shifted sum rounds every one of its k * k partial sums to 8 bits.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+BACKENDS = {
+    # What `depthwise_conv` runs here: on CPU the shifted sum, its gradient by hand.
+    "default": depthwise_conv,
+    "shifted_sum": depthwise._shifted_sum,
+    "grouped_conv": depthwise._grouped_conv,
+}
+
+# Filter, stride, height, width: those of the network (5 and 3 at stride 1; r + 1 at
+# stride r), on odd and even maps, and maps smaller than filter and stride.
+CASES = [
+    (3, 1, 7, 5),
+    (3, 1, 1, 1),
+    (5, 1, 6, 3),
+    (5, 1, 1, 1),
+    (3, 2, 7, 6),
+    (3, 2, 1, 1),
+    (5, 4, 14, 9),
+    (9, 1, 5, 4),
+    (9, 8, 17, 24),
+    (9, 8, 3, 1),
+]
+
+
+def convolve(x, kernel, stride, cotangent=None):
+    """Value in float64; with a cotangent the gradients of `x` and `kernel` instead."""
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+    k, (b, h, w, c) = len(kernel), x.shape
+    rows, columns = (h - 1) // stride + 1, (w - 1) // stride + 1
+    pad = k // 2
+    y = np.zeros((b, rows, columns, c))
+    grad_x, grad_kernel = np.zeros_like(x), np.zeros_like(kernel)
+    for row, column, i, j in np.ndindex(rows, columns, k, k):
+        source = row * stride + i - pad, column * stride + j - pad
+        if not (0 <= source[0] < h and 0 <= source[1] < w):
+            continue
+        at = (slice(None), *source)
+        y[:, row, column] += x[at] * kernel[i, j]
+        if cotangent is not None:
+            g = np.asarray(cotangent, np.float64)[:, row, column]
+            grad_x[at] += g * kernel[i, j]
+            grad_kernel[i, j] += (g * x[at]).sum(0)
+    return y if cotangent is None else (grad_x, grad_kernel)
+
+
+def assert_close(actual, expected, tolerance, what):
+    assert actual.shape == expected.shape, what
+    error = np.abs(np.asarray(actual, np.float64) - expected).max()
+    assert error <= tolerance * np.abs(expected).max(), f"{what}: {error:.2e}"
+
+
+def check(backend, size, stride, height, width, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, height, width, 3)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((size, size, 3)), dtype)
+    expected = convolve(x, kernel, stride)
+    cotangent = jnp.asarray(rng.standard_normal(expected.shape), dtype)
+
+    @jax.jit
+    def run(x, kernel, cotangent):
+        y, vjp = jax.vjp(partial(BACKENDS[backend], stride=stride), x, kernel)
+        return y, *vjp(cotangent)
+
+    results = run(x, kernel, cotangent)
+    expected = expected, *convolve(x, kernel, stride, cotangent)
+    names = "value", "gradient of x", "gradient of kernel"
+    for what, got, want in zip(names, results, expected, strict=True):
+        assert got.dtype == dtype
+        assert_close(got, want, TOLERANCE[dtype], what)
+
+
+@pytest.mark.parametrize("size, stride, height, width", CASES)
+def test_value_and_gradients_equal_loops(size, stride, height, width):
+    check("default", size, stride, height, width, "float32")
+
+
+@pytest.mark.parametrize("size, stride, height, width", CASES)
+def test_grouped_convolution_equals_loops(size, stride, height, width):
+    check("grouped_conv", size, stride, height, width, "float32")
+
+
+@pytest.mark.parametrize("backend", ["default", "grouped_conv"])
+def test_bfloat16_storage_loses_only_rounding(backend):
+    check(backend, 5, 1, 6, 3, "bfloat16")
+
+
+def test_hand_written_gradient_is_that_of_the_shifted_sum():
+    """What JAX derives from the forward code, where the loops above agree too."""
+    check("shifted_sum", 3, 2, 7, 6, "float32")
+
+
+def test_gradient_reaches_a_kernel_kept_in_another_dtype():
+    """Parameters stay float32 while maps are bfloat16."""
+    x, kernel = jnp.ones((1, 3, 3, 2), jnp.bfloat16), jnp.ones((3, 3, 2))
+    grad = jax.grad(lambda kernel: depthwise_conv(x, kernel).astype(float).sum())(
+        kernel
+    )
+    assert grad.dtype == jnp.float32
+    # Each tap meets as many pixels as its row and column shift leave: 2, 3, 2.
+    np.testing.assert_array_equal(grad[..., 0], np.outer([2, 3, 2], [2, 3, 2]))
+
+
+def test_even_filters_are_refused():
+    with pytest.raises(ValueError, match="odd"):
+        depthwise_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((4, 4, 2)))
