@@ -9,8 +9,8 @@ import pytest
 
 from sparx_jax.ops import group_norm, layer_norm, moments
 
-# Absolute error of values of unit variance.  A float32 mean of magnitude m is itself off
-# by about m * 1e-7.  The gradient's terms are a few times larger than the values.
+# Absolute error of values of unit variance.  A float32 mean of m is itself off by about
+# m * 1e-7.  The terms of the gradient are a few times larger than the values.
 TOLERANCE = {"unit": 2e-6, "mean 100": 3e-5, "bfloat16": 1e-2, "gradient": 5e-6}
 
 EPS = 1e-5
