@@ -33,7 +33,13 @@ def pointwise(
 ) -> nnx.Linear:
     """1 x 1 convolution, as the matrix product that it is."""
     return nnx.Linear(
-        dim, out_dim, use_bias=bias, kernel_init=init.weights, dtype=dtype, rngs=rngs
+        dim,
+        out_dim,
+        use_bias=bias,
+        kernel_init=init.weights,
+        bias_init=init.biases,
+        dtype=dtype,
+        rngs=rngs,
     )
 
 
@@ -45,7 +51,7 @@ class GroupedPointwise(nnx.Module):
     ):
         shape = (groups, dim // groups, out_dim // groups)
         self.kernel = nnx.Param(init.weights(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(out_dim))
+        self.bias = nnx.Param(init.zeros(out_dim))
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
@@ -69,7 +75,7 @@ class DepthwiseConv(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = nnx.Param(init.weights(rngs.params(), (size, size, dim)))
-        self.bias = nnx.Param(jnp.zeros(dim)) if bias else None
+        self.bias = nnx.Param(init.zeros(dim)) if bias else None
         self.stride = stride
         self.dtype = dtype
 

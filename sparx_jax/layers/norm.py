@@ -5,6 +5,7 @@ from flax import nnx
 from jax import lax
 
 from sparx_jax import ops
+from sparx_jax.layers import init
 from sparx_jax.typing import Array, Float
 
 # torch's defaults, on which the released weights depend.
@@ -17,8 +18,8 @@ class GroupNorm(nnx.Module):
     """GroupNorm with one group: statistics over rows, columns and channels."""
 
     def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.bias = nnx.Param(jnp.zeros(dim))
+        self.scale = nnx.Param(init.ones(dim))
+        self.bias = nnx.Param(init.zeros(dim))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return ops.group_norm(x, self.scale[...], self.bias[...], eps=EPS)
@@ -28,8 +29,8 @@ class LayerNorm(nnx.Module):
     """LayerNorm over the channels of each pixel."""
 
     def __init__(self, dim: int, *, eps: float = EPS):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.bias = nnx.Param(jnp.zeros(dim))
+        self.scale = nnx.Param(init.ones(dim))
+        self.bias = nnx.Param(init.zeros(dim))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -45,10 +46,10 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.bias = nnx.Param(jnp.zeros(dim))
-        self.mean = nnx.BatchStat(jnp.zeros(dim))
-        self.var = nnx.BatchStat(jnp.ones(dim))
+        self.scale = nnx.Param(init.ones(dim))
+        self.bias = nnx.Param(init.zeros(dim))
+        self.mean = nnx.BatchStat(init.zeros(dim))
+        self.var = nnx.BatchStat(init.ones(dim))
         self.use_running_average = True  # the name that nnx's train() and eval() set
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -70,8 +71,8 @@ class ChannelAffine(nnx.Module):
     """Scale and bias per channel: the learnable residual path of stages 3 and 4."""
 
     def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones(dim))
-        self.bias = nnx.Param(jnp.zeros(dim))
+        self.scale = nnx.Param(init.ones(dim))
+        self.bias = nnx.Param(init.zeros(dim))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)

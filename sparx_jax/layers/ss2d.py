@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparx_jax import ops
@@ -13,7 +14,7 @@ from sparx_jax.layers.norm import GroupNorm
 from sparx_jax.typing import Array, Float
 
 # Step sizes at initialisation are log-uniform in this range.
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
 class SS2D(nnx.Module):
@@ -37,16 +38,14 @@ class SS2D(nnx.Module):
         d, n, k = self.input_dim(dim, inner_ratio), state_dim, 4
         r = math.ceil(dim / 16)
         spread = lambda bound: init.uniform(-bound, bound)  # noqa: E731
-        log_dt = init.uniform(math.log(DT_MIN), math.log(DT_MAX))
-        dt = jnp.maximum(jnp.exp(log_dt(rngs.params(), (k, d))), DT_FLOOR)
 
         self.conv = DepthwiseConv(d, 5, dtype=dtype, rngs=rngs)
         self.x_proj = nnx.Param(spread(d**-0.5)(rngs.params(), (k, d, r + 2 * n)))
         self.dt_proj = nnx.Param(spread(r**-0.5)(rngs.params(), (k, r, d)))
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # softplus inverted
-        log_states = jnp.log(jnp.arange(1.0, n + 1))
-        self.a_log = nnx.Param(jnp.broadcast_to(log_states, (k, d, n)))
-        self.skip = nnx.Param(jnp.ones((k, d)))
+        self.dt_bias = nnx.Param(init.on_host(_step_bias)(rngs.params(), (k, d)))
+        log_states = np.log(np.arange(1, n + 1, dtype=np.float32))
+        self.a_log = nnx.Param(jax.device_put(np.tile(log_states, (k, d, 1))))
+        self.skip = nnx.Param(init.ones((k, d)))
         self.norm = GroupNorm(d)
         self.out_proj = pointwise(d, dim, dtype=dtype, rngs=rngs)
         self.scan_method = scan_method
@@ -89,3 +88,9 @@ class SS2D(nnx.Module):
             method=self.scan_method,
         )
         return y.reshape(x.shape)
+
+
+def _step_bias(rng, shape):
+    """What softplus turns into the step sizes."""
+    dt = np.exp(rng.uniform(math.log(DT_MIN), math.log(DT_MAX), shape))
+    return np.log(np.expm1(dt))
