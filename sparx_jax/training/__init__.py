@@ -1,0 +1,1 @@
+"""Training, evaluation and checkpoints of any model of the package."""

@@ -1,0 +1,85 @@
+"""What train.py and eval.py share: flags, one-sentence errors, exit codes."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from sparx_jax.errors import UserError
+from sparx_jax.training.config import from_config_dict
+
+EXIT_BAD_INPUT = 78
+"""EX_CONFIG: restarting will not help."""
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/digits.py.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics.jsonl, report.png."
+)
+
+
+def run(main: Callable) -> None:
+    """Calls `main(config, workdir)` with the ConfigDict of the command line.
+
+    Bad input, known by UserError or by the flag library, ends the program with one
+    sentence and exit code 78.
+    """
+
+    def guarded(argv):
+        del argv
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells every file
+        if not jax.config.jax_compilation_cache_dir:
+            cache = Path.home() / ".cache/sparx_jax/xla"
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+        try:
+            main(_CONFIG.value, _WORKDIR.value)
+        except UserError as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv):
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["help"].value or flags.FLAGS["helpfull"].value:
+            return rest
+        if len(rest) > 1:
+            raise UserError(
+                f"unexpected argument {rest[1]!r}: give values with an equals sign, as "
+                "in --config.use_ema=False."
+            )
+        for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
+            if not flag.present:
+                raise UserError(f"--{name} is missing: give --{name}=...")
+        _check_tuples()
+        from_config_dict(_CONFIG.value)  # before any device is touched
+        return rest
+    except (UserError, flags.Error, OSError) as error:
+        _fail(error)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # How ml_collections rejects a key or a value, here or in the config file.
+        _fail(f"bad configuration: {error.args[0] if error.args else error!s}")
+
+
+def _check_tuples():
+    """The flag library takes "(2,x)" for a tuple of one string."""
+    values = config_flags.get_override_values(flags.FLAGS["config"])
+    for key, value in values.items():
+        if isinstance(value, tuple) and any(isinstance(v, str) for v in value):
+            raise UserError(
+                f"--config.{key}={''.join(map(str, value))} is not a tuple of numbers: "
+                "write it as (2,2,7,2)."
+            )
+
+
+def _fail(error) -> NoReturn:
+    message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_INPUT)

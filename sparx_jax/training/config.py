@@ -1,0 +1,231 @@
+"""The settings of a run: what config files set, validated once into frozen values."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict, config_dict
+
+from sparx_jax import models
+from sparx_jax.checks import check_types, require
+from sparx_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which pictures, and how they are cut and normalised."""
+
+    name: Literal["digits", "folder"] = "folder"
+    root: str = ""
+    """For `folder`: the folder that holds <split>/<class>/*.jpg."""
+    train_split: str = "train"
+    eval_split: str = "test"
+    image_size: int = 224
+    """Pixels of the square that the network sees."""
+    crop: Literal["resized", "padded"] = "resized"
+    """Training crop: a stretched random part, or a square of the padded picture."""
+    scale: tuple[float, ...] = (0.08, 1.0)
+    """For `resized`: least and greatest share of the picture's area."""
+    crop_padding: int = 4
+    """For `padded`: black pixels around the picture."""
+    crop_ratio: float = 0.9
+    """For `resized`: image_size over the shorter edge in evaluation."""
+    flip: bool = True
+    """Mirrors half of the training pictures."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, from 0 to 1, that normalisation removes (ImageNet's)."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    workers: int = 0
+    """Processes that prepare batches; 0: threads of the main process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then a cosine to the end."""
+
+    lr: float = 1e-3
+    """Highest learning rate, for the batch size as it is: nothing is scaled."""
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    clip_norm: float = 5.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices per axis; -1: the rest.  See `parallel.make_mesh`."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run.  Epochs may be fractions; a step is one global batch."""
+
+    model: models.ModelConfig
+    model_name: str
+    """The variant that `model` started from, for display."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    train_epochs: float = 300.0
+    batch_size: int = 1024
+    """Pictures per step over all devices."""
+    eval_batch_size: int = 1024
+    label_smoothing: float = 0.1
+    use_ema: bool = True
+    """Keeps a moving average of weights and statistics; it is evaluated too."""
+    ema_decay: float = 0.9998
+    eval_every_epochs: float = 1.0
+    """Every evaluation is followed by a checkpoint."""
+    log_every_steps: int = 50
+    tensorboard: bool = False
+    """Writes the scalars of metrics.jsonl for TensorBoard too."""
+
+    def __post_init__(self):
+        check_types(self, "config.")
+        data, optimizer = self.data, self.optimizer
+        positive = ("train_epochs", "batch_size", "eval_batch_size")
+        for name in (*positive, "eval_every_epochs", "log_every_steps"):
+            value = getattr(self, name)
+            require(f"config.{name}", value, value > 0, "positive")
+        for name, value in (
+            ("label_smoothing", self.label_smoothing),
+            ("ema_decay", self.ema_decay),
+            ("optimizer.beta1", optimizer.beta1),
+            ("optimizer.beta2", optimizer.beta2),
+        ):
+            require(f"config.{name}", value, 0 <= value < 1, "in [0, 1)")
+        for name in ("lr", "eps"):
+            value = getattr(optimizer, name)
+            require(f"config.optimizer.{name}", value, value > 0, "positive")
+        for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay"):
+            value = getattr(optimizer, name)
+            require(f"config.optimizer.{name}", value, value >= 0, "at least 0")
+        require(
+            "config.optimizer.warmup_epochs",
+            optimizer.warmup_epochs,
+            optimizer.warmup_epochs < self.train_epochs,
+            f"less than train_epochs={self.train_epochs}",
+        )
+        value = optimizer.clip_norm
+        require("config.optimizer.clip_norm", value, value >= 0, "at least 0 (0: off)")
+        least = models.TOTAL_STRIDE
+        require(
+            "config.data.image_size",
+            data.image_size,
+            data.image_size >= least,
+            f"at least {least}, the smallest picture that the network can reduce",
+        )
+        for name in ("crop_padding", "workers"):
+            value = getattr(data, name)
+            require(f"config.data.{name}", value, value >= 0, "at least 0")
+        ok = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] <= 1
+        require("config.data.scale", data.scale, ok, "(least, greatest) in (0, 1]")
+        for name in ("mean", "std"):
+            value = getattr(data, name)
+            ok = len(value) == 3 and (name == "mean" or min(value) > 0)
+            require(f"config.data.{name}", value, ok, "three numbers, std positive")
+        ok = self.model.in_channels == 3
+        require("config.model.in_channels", self.model.in_channels, ok, "3 (pictures)")
+        ok = not self.model.stage_norms
+        require("config.model.stage_norms", True, ok, "False: it has no classifier")
+
+
+def default_config() -> ConfigDict:
+    """What a config file starts from: every setting, at its default.
+
+    `config.model.name` is the variant; its other settings are the fields of
+    `ModelConfig`, None for the variant's own value.  If left at None,
+    `config.model.num_classes` is that of the data set.
+    """
+    settings = {"model": {"name": "sparx_mamba_t"} | _placeholders(models.ModelConfig)}
+    for name, value in _FIELDS.items():
+        settings[name] = dataclasses.asdict(value) if _is_config(value) else value
+    config = ConfigDict(settings)
+    config.lock()
+    return config
+
+
+def from_config_dict(config: ConfigDict, *, num_classes: int | None = None) -> Config:
+    """The validated settings.
+
+    Args:
+      config: made by `default_config`, changed by a config file and overrides.
+      num_classes: of the data set; used where the model's is not set.
+
+    Raises:
+      UserError: a setting is unknown or has a wrong type or value.
+    """
+    values = config.to_dict()
+    overrides = _without_none(values.pop("model", {}))
+    name = overrides.pop("name", None)
+    if num_classes is not None:
+        classes = overrides.setdefault("num_classes", num_classes)
+        require(
+            "config.model.num_classes",
+            classes,
+            classes >= num_classes,
+            f"at least {num_classes}, the classes of the data set",
+        )
+    model = models.model_config(name, **overrides)
+    for key in values.keys() - _FIELDS.keys():
+        raise UserError(f"unknown setting config.{key}; see training/config.py.")
+    for key, default in _FIELDS.items():
+        if _is_config(default) and key in values:
+            values[key] = _nested(type(default), values[key], key)
+    return Config(model=model, model_name=name, **values)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _nested(kind, values, prefix):
+    known = get_type_hints(kind)
+    for key in values.keys() - known.keys():
+        raise UserError(
+            f"unknown setting config.{prefix}.{key}; there are: {', '.join(known)}."
+        )
+    return kind(**values)
+
+
+def _is_config(value):
+    return dataclasses.is_dataclass(value)
+
+
+def _placeholders(kind):
+    """Typed None for every field of a model configuration, nested ones too."""
+    settings = {}
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            settings[name] = _placeholders(hint)
+        elif get_origin(hint) is Literal:
+            settings[name] = config_dict.placeholder(type(get_args(hint)[0]))
+        else:
+            settings[name] = config_dict.placeholder(get_origin(hint) or hint)
+    return settings
+
+
+def _without_none(values):
+    nested = {
+        k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items()
+    }
+    return {k: v for k, v in nested.items() if v is not None and v != {}}
+
+
+_FIELDS = {
+    f.name: f.default
+    if f.default_factory is dataclasses.MISSING
+    else f.default_factory()
+    for f in dataclasses.fields(Config)
+    if f.name not in ("model", "model_name")
+}

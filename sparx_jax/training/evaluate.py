@@ -1,0 +1,165 @@
+"""Evaluation of a whole split: every example counts once, whatever the batch size."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparx_jax import models
+from sparx_jax.data import Source, decode_image, eval_batches, eval_transform
+from sparx_jax.parallel import put_batch, state_shardings
+from sparx_jax.training import state as states
+from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.config import Config, as_dict
+from sparx_jax.training.logging import Stopwatch, duration, read_metrics, say
+from sparx_jax.training.setup import prepare, process_share
+from sparx_jax.training.state import Weights
+from sparx_jax.training.step import compile_eval_step
+
+
+class Evaluation(NamedTuple):
+    """Means over a split, and the answers in the order of the source."""
+
+    loss: float
+    """Cross entropy in nats, without label smoothing."""
+    top1: float
+    """Percent of the examples whose label has the highest score."""
+    top5: float
+    """The same among the five highest scores."""
+    examples: int
+    label: np.ndarray
+    predicted: np.ndarray
+    probability: np.ndarray
+    """That of the predicted class."""
+
+
+def evaluate_split(
+    eval_step: Callable[[Weights, dict], dict],
+    weights: Weights,
+    config: Config,
+    source: Source,
+    mesh: Mesh,
+) -> Evaluation:
+    """Runs the compiled `eval_step` over the whole of `source`."""
+    batches = eval_batches(
+        config.data, source, batch_size=config.eval_batch_size, **process_share()
+    )
+    results = jax.device_get([eval_step(weights, put_batch(b, mesh)) for b in batches])
+
+    def total(name):
+        return float(sum(np.float64(result[name]) for result in results))
+
+    index = np.concatenate([result["index"] for result in results])
+    padding = np.count_nonzero(index < 0)
+    order = np.argsort(index, kind="stable")[padding:]
+
+    def answers(name):
+        return np.concatenate([result[name] for result in results])[order]
+
+    examples = total("examples")
+    return Evaluation(
+        total("loss") / examples,
+        100 * total("top1") / examples,
+        100 * total("top5") / examples,
+        int(examples),
+        *(answers(name) for name in ("label", "predicted", "probability")),
+    )
+
+
+def evaluate_checkpoint(
+    settings: ConfigDict, workdir: str, *, step: str = "best", weights: str = "auto"
+) -> dict[str, Any]:
+    """Restores a checkpoint onto whatever mesh there is, evaluates it and reports.
+
+    Args:
+      settings: the config that the run was trained with.
+      workdir: of the run.
+      step: "best", "latest" or a number.
+      weights: "raw", "ema", or "auto" for the average if it was saved.
+
+    Returns:
+      What is printed as one line of JSON: `top1` and `top5` in percent, `loss` in
+      nats, `examples`, `step`, `weights`, `model`, `workdir`.
+
+    Raises UserError if there is no such checkpoint or it is of another model.
+    """
+    watch = Stopwatch()
+    checkpoints = Checkpoints(workdir, read_only=True)
+    number = checkpoints.find(step)
+    if weights == "auto":
+        weights = "ema" if checkpoints.has_ema(number) else "raw"
+    config, _, source, mesh = prepare(settings)
+    network, like = states.split(models.build(config.model, config.seed))
+    like = jax.device_put(like, state_shardings(like, mesh))
+    restored = checkpoints.restore_weights(
+        number, weights, like, as_dict(config)["model"]
+    )
+    checkpoints.close()
+    watch.lap("restoring")
+    eval_step = compile_eval_step(network, config, restored, mesh)
+    evaluation = evaluate_split(eval_step, restored, config, source, mesh)
+    watch.lap("evaluation, compilation included,")
+    report = write_report(workdir, config, evaluation, source, step=number)
+    watch.lap("report")
+    parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
+    say(f"{report} shows the run ({parts})")
+    result = {
+        "model": config.model_name,
+        "workdir": str(workdir),
+        "step": number,
+        "weights": weights,
+        "examples": evaluation.examples,
+        "loss": evaluation.loss,
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+    }
+    say(json.dumps(result))
+    return result
+
+
+def write_report(
+    workdir: str, config: Config, evaluation: Evaluation, source: Source, *, step: int
+) -> Path:
+    """Draws `report.png`: curves, wrong answers, wiring of the network."""
+    from sparx_jax import plots  # matplotlib takes a second that pods need not spend
+
+    path = Path(workdir) / "report.png"
+    if jax.process_index() == 0:
+        plots.write_report(
+            path,
+            history=read_metrics(workdir),
+            wrong=wrong_answers(evaluation, source, config.data),
+            model=config.model,
+            title=f"{config.model_name} after step {step:,}: {evaluation.top1:.2f} % "
+            f"of {evaluation.examples:,} pictures right",
+        )
+    return path
+
+
+def wrong_answers(
+    evaluation: Evaluation, source: Source, data: Any, limit: int = 16
+) -> list:
+    """The most confident mistakes, as pictures for a report."""
+    from sparx_jax.plots import WrongAnswer
+
+    transform, names = eval_transform(data), source.class_names
+    wrong = np.flatnonzero(evaluation.predicted != evaluation.label)
+    wrong = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:limit]
+    return [
+        WrongAnswer(
+            image=transform(decode_image(source[int(i)]["image"])),
+            # A network may have more classes than the data set.
+            predicted=dict(enumerate(names)).get(
+                int(evaluation.predicted[i]), f"class {evaluation.predicted[i]}"
+            ),
+            true=names[evaluation.label[i]],
+            probability=float(evaluation.probability[i]),
+            name=source.name(int(i)),
+        )
+        for i in wrong
+    ]

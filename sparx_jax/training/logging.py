@@ -1,0 +1,98 @@
+"""What a run tells: metrics.jsonl, a progress line, TensorBoard scalars if wanted."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class MetricsLog:
+    """`metrics.jsonl` in the work folder: one JSON object a line, each with `step`.
+
+    Written by process 0 only.  Opening it drops what a killed run wrote after
+    `start_step`, and a torn last line, so that no step stands there twice.
+    """
+
+    def __init__(self, workdir: str, *, start_step: int, tensorboard: bool = False):
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(Path(workdir) / "tensorboard"), purge_step=start_step
+            )
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends a record; numbers that JSON cannot hold become null."""
+        if self._file is None:
+            return
+        plain = {
+            k: v if v == v and abs(v) != float("inf") else None
+            for k, v in record.items()
+        }
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The records of a run, without a last line that was torn by a kill."""
+    path = Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Stopwatch:
+    """Seconds by activity: the time between two laps goes to the later one's name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> float:
+        """Adds the time since the last lap to `name`, and returns it."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+        return elapsed
+
+
+def say(message: str) -> None:
+    """Prints a line at once, on process 0 only."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "3 min 05 s" or "2 h 10 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"

@@ -1,0 +1,46 @@
+"""From a config to what a run works with: settings, pictures, devices."""
+
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sparx_jax.data import Source, open_source
+from sparx_jax.errors import UserError
+from sparx_jax.parallel import make_mesh
+from sparx_jax.training.config import Config, from_config_dict
+
+
+class Setup(NamedTuple):
+    """What training and evaluation share."""
+
+    config: Config
+    train_source: Source
+    eval_source: Source
+    mesh: Mesh
+
+
+def prepare(settings: ConfigDict) -> Setup:
+    """Opens the data, counts its classes and checks the batch sizes.
+
+    Nothing is compiled yet: bad input is told within seconds.  Raises UserError.
+    """
+    data = from_config_dict(settings).data
+    train_source, eval_source = (open_source(data, s) for s in ("train", "eval"))
+    num_classes = len(train_source.class_names)
+    config = from_config_dict(settings, num_classes=num_classes)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    for name in ("batch_size", "eval_batch_size"):
+        size, devices = getattr(config, name), mesh.size
+        if size % devices:
+            raise UserError(
+                f"config.{name}={size} must be a multiple of the {devices} devices: "
+                f"use {max(size // devices, 1) * devices}."
+            )
+    return Setup(config, train_source, eval_source, mesh)
+
+
+def process_share() -> dict[str, int]:
+    """Which part of every global batch this process reads."""
+    return dict(process_index=jax.process_index(), process_count=jax.process_count())

@@ -1,0 +1,126 @@
+"""The two compiled functions of a run: one training step, one evaluation step."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from sparx_jax.parallel import batch_sharding, replicated, state_shardings
+from sparx_jax.training.config import Config
+from sparx_jax.training.state import (
+    Network,
+    TrainState,
+    Weights,
+    batch_stats,
+    merge,
+)
+from sparx_jax.typing import Array, Float, UInt8
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def normalize(
+    images: UInt8[Array, "b h w c"], mean: tuple, std: tuple
+) -> Float[Array, "b h w c"]:
+    """uint8 pixels to float32 with the mean and deviation of each channel removed."""
+    mean, std = (jnp.asarray(m, jnp.float32) for m in (mean, std))
+    return (images.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def cross_entropy(
+    logits: Float[Array, "b k"], labels: Array, smoothing: float = 0.0
+) -> Float[Array, " b"]:
+    """Cross entropy with `smoothing` of the target's mass spread over all classes."""
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    return optax.softmax_cross_entropy(
+        logits.astype(jnp.float32), optax.smooth_labels(targets, smoothing)
+    )
+
+
+def train_step(
+    graphdef: nnx.GraphDef,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update of weights, statistics, moments and moving average."""
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    images = normalize(batch["image"], config.data.mean, config.data.std)
+
+    def loss_and_stats(params):
+        model = merge(graphdef, state.weights._replace(params=params))
+        logits = model(images, key=key)
+        losses = cross_entropy(logits, batch["label"], config.label_smoothing)
+        return losses.mean(), batch_stats(model)
+
+    gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
+    (loss, stats), grads = gradient(state.weights.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
+    weights = Weights(optax.apply_updates(state.weights.params, updates), stats)
+    ema = state.ema
+    if ema is not None:
+        ema = optax.incremental_update(weights, ema, 1.0 - config.ema_decay)
+    metrics = {
+        "train_loss": loss,
+        "learning_rate": schedule(state.step),
+        "grad_norm": optax.global_norm(grads),
+    }
+    return TrainState(state.step + 1, weights, ema, opt_state), metrics
+
+
+def eval_step(
+    graphdef: nnx.GraphDef, config: Config, weights: Weights, batch: Batch
+) -> dict[str, Array]:
+    """Sums over the examples of weight 1, and the answer to each example."""
+    images = normalize(batch["image"], config.data.mean, config.data.std)
+    logits, labels = merge(graphdef, weights)(images), batch["label"]
+    score = jnp.take_along_axis(logits, labels[:, None], -1)
+    # The label's rank among the classes; a tie counts against it, and so does a NaN.
+    rank = jnp.sum(~(logits < score), -1) - 1
+    weight, top = batch["weight"], min(5, logits.shape[-1])
+    return {
+        "loss": jnp.sum(cross_entropy(logits, labels) * weight),
+        "top1": jnp.sum((rank < 1) * weight),
+        "top5": jnp.sum((rank < top) * weight),
+        "examples": jnp.sum(weight),
+        "index": batch["index"],
+        "label": labels,
+        "predicted": jnp.argmax(logits, -1),
+        "probability": jnp.max(jax.nn.softmax(logits), -1),
+    }
+
+
+def compile_train_step(
+    network: Network,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """`(state, batch) -> (state, metrics)`; the old state's memory is reused."""
+    shardings = state_shardings(state, mesh)
+    return jax.jit(
+        partial(train_step, network.train, config, optimizer, schedule),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def compile_eval_step(
+    network: Network, config: Config, weights: Weights, mesh: Mesh
+) -> Any:
+    """`(weights, batch) -> sums and answers`, the same on every process."""
+    return jax.jit(
+        partial(eval_step, network.eval, config),
+        in_shardings=(state_shardings(weights, mesh), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
