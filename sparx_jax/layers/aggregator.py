@@ -60,7 +60,7 @@ class Aggregator(nnx.Module):
         self.missing = out_dim - fused_dim
 
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b h w m*c"]
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b h w mc"]
     ) -> Float[Array, "b h w d"]:
         context = self.context_conv_norm(self.context_conv(self.context_norm(context)))
         context = self.context_proj(jax.nn.gelu(context, approximate=False))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparx_jax.errors import UserError
 from sparx_jax.layers import init
 from sparx_jax.layers.aggregator import Aggregator
 from sparx_jax.layers.conv import pointwise
@@ -20,7 +21,8 @@ from sparx_jax.models.wiring import STAGE_INPUT
 from sparx_jax.typing import Array, Float, Key
 
 TOTAL_STRIDE = 32
-"""Pixels of the picture per pixel of the last map; also the smallest useful picture."""
+"""Pixels of the picture per pixel of the last map; also the least height and width: the
+last map of a smaller picture would show mostly padding."""
 
 
 class Stage(nnx.Module):
@@ -49,7 +51,7 @@ class Stage(nnx.Module):
 def _block(config, stage, index, key):
     dim, dtype = config.dims[stage], jnp.dtype(config.dtype)
     first = sum(config.depths[:stage]) + index
-    steps = max(sum(config.depths) - 1, 1)
+    steps = sum(config.depths) - 1
     rngs = (nnx.Rngs(k) for k in jax.random.split(key, 3))
 
     def make():
@@ -86,25 +88,47 @@ def _block(config, stage, index, key):
     )
 
 
-def _compiled(method):
-    """Compiles a forward pass that is called on arrays, outside any transformation.
+def _forward(method):
+    """Checks the images, and compiles where nobody else does.
 
-    Run op by op, it would compile every operation by itself, which takes longer, and
-    fuse nothing.  Inside jit, grad and the like, and in training mode, it just runs.
+    Called on arrays, outside any transformation, a forward pass would compile every
+    operation by itself, which takes longer, and fuse nothing.  Inside jit, grad and the
+    like, and in training mode, it just runs.
     """
     name = method.__name__
 
     @functools.wraps(method)
     def call(self, images, *, key=None):
+        _check(images, self.config.in_channels)
+        images = jnp.asarray(images)
         traced = isinstance(images, jax.core.Tracer) or any(
             isinstance(leaf, jax.core.Tracer)
             for leaf in jax.tree.leaves(nnx.state(self))
         )
         if traced or not self.deterministic:
             return method(self, images, key=key)
-        return _run(*nnx.split(self), name, jnp.asarray(images))
+        return _run(*nnx.split(self), name, images)
 
     return call
+
+
+def _check(images, channels):
+    shape, dtype = jnp.shape(images), jnp.result_type(images)
+    if len(shape) != 4 or shape[-1] != channels:
+        raise UserError(
+            f"The images have shape {shape}; the network needs (batch, height, width, "
+            f"{channels})."
+        )
+    if min(shape[1:3]) < TOTAL_STRIDE:
+        raise UserError(
+            f"The images are {shape[1]} x {shape[2]} pixels, too small for the "
+            f"network, which needs at least {TOTAL_STRIDE} x {TOTAL_STRIDE}."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"The images are of type {dtype}; the network needs floating-point values, "
+            "normalised as in its training."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -143,13 +167,13 @@ class Backbone(nnx.Module):
         norms = [LayerNorm(d, eps=STAGE_NORM_EPS) for d in dims]
         self.stage_norms = nnx.List(norms) if config.stage_norms else None
         self.head_norm = None if config.stage_norms else GroupNorm(dims[-1])
-        head = dict(kernel_init=init.weights, rngs=part(300))
+        head = dict(kernel_init=init.weights, bias_init=init.biases, rngs=part(300))
         classes = config.num_classes
         self.head = nnx.Linear(dims[-1], classes, **head) if classes else None
 
-    @_compiled
+    @_forward
     def __call__(
-        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+        self, images: Float[Array, "b h w rgb"], *, key: Key[Array, ""] | None = None
     ) -> Float[Array, "b classes"]:
         """Logits in float32, or pooled features if `num_classes` is 0."""
         last = self.forward_layers(images, key=key)[-1][-1]
@@ -158,9 +182,9 @@ class Backbone(nnx.Module):
             pooled = last.astype(jnp.float32).mean((1, 2))
             return pooled if self.head is None else self.head(pooled)
 
-    @_compiled
+    @_forward
     def forward_features(
-        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+        self, images: Float[Array, "b h w rgb"], *, key: Key[Array, ""] | None = None
     ) -> list[Float[Array, "b h2 w2 c"]]:
         """The four stage outputs before the downsample, at strides 4, 8, 16 and 32.
 
@@ -171,9 +195,9 @@ class Backbone(nnx.Module):
             return maps
         return [norm(x) for norm, x in zip(self.stage_norms, maps, strict=True)]
 
-    @_compiled
+    @_forward
     def forward_layers(
-        self, images: Float[Array, "b h w 3"], *, key: Key[Array, ""] | None = None
+        self, images: Float[Array, "b h w rgb"], *, key: Key[Array, ""] | None = None
     ) -> list[list[Float[Array, "b h2 w2 c"]]]:
         """The output of every layer, by stage."""
         with self._precision():

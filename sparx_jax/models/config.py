@@ -1,11 +1,13 @@
 """Frozen, validated description of a network: a variant is a value of `ModelConfig`."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from sparx_jax.checks import check_types, require
 from sparx_jax.errors import UserError
-from sparx_jax.models.wiring import LayerWiring, ganglion_layers, stage_wiring
+from sparx_jax.models.wiring import LayerWiring, stage_wiring
 from sparx_jax.ops.scan import ScanMethod
 
 NUM_STAGES = 4
@@ -20,7 +22,7 @@ class ConnectorConfig:
     stride: tuple[int, ...] = (0, 1, 1, 1)
     """Layers from one ganglion to the next; 0: the stage has none."""
     start: tuple[int, ...] = (0, 1, 0, 0)
-    """First layer that may be a ganglion."""
+    """First layer that may be a ganglion; where the stage has fewer, none is."""
     window: tuple[int | None, ...] = (None, None, 3, None)
     """How many earlier ganglions a ganglion reads; None: all."""
 
@@ -37,7 +39,7 @@ class ModelConfig:
     """3 x 3 convolutions of the stem: 2 (the paper's v1) or 3 (v2)."""
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     reductions: tuple[int, ...] = (8, 4, 2, 1)
-    """Spatial reduction of query and key in the aggregators of each stage."""
+    """Spatial reduction of query and key in the stages' aggregators: 1 or even."""
     attention_groups: int = 4
     """Groups of the aggregator's channel attention."""
     mlp_ratio: float = 4.0
@@ -60,41 +62,44 @@ class ModelConfig:
     scan_method: ScanMethod = "auto"
 
     def __post_init__(self):
-        _check_types(self)
-        for name in ("depths", "dims", "reductions"):
-            _require_stages(name, getattr(self, name), minimum=1)
+        check_types(self, "model.")
         connector = self.connector
-        for name, minimum in (("stride", 0), ("start", 0), ("window", 0)):
-            values = getattr(connector, name)
-            numbers = tuple(0 if v is None else v for v in values)
-            _require_stages(f"connector.{name}", numbers, minimum, shown=values)
+        for name, values, least in (
+            ("depths", self.depths, 1),
+            ("dims", self.dims, 4),
+            ("reductions", self.reductions, 1),
+            ("connector.stride", connector.stride, 0),
+            ("connector.start", connector.start, 0),
+        ):
+            ok = len(values) == NUM_STAGES and all(v >= least for v in values)
+            _require(name, values, ok, f"{NUM_STAGES} numbers of at least {least}")
+        values = connector.window
+        ok = len(values) == NUM_STAGES and all(v is None or v >= 0 for v in values)
+        constraint = f"{NUM_STAGES} numbers of at least 0, or None for no limit"
+        _require("connector.window", values, ok, constraint)
+        # The filters are one wider than their stride and must be odd.
+        ok = all(v == 1 or v % 2 == 0 for v in self.reductions)
+        _require("reductions", self.reductions, ok, "1 or even numbers")
         for name in ("state_dim", "inner_ratio", "attention_groups", "in_channels"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("num_classes", self.num_classes, self.num_classes >= 0, "at least 0")
+            value = getattr(self, name)
+            _require(name, value, value >= 1, "at least 1")
+        groups = self.attention_groups
+        ok = all(dim % groups == 0 for dim in self.dims)
+        _require("dims", self.dims, ok, f"divisible by attention_groups={groups}")
+        ratio = self.mlp_ratio
+        ok = math.isfinite(ratio) and all(int(ratio * dim) >= 1 for dim in self.dims)
+        _require("mlp_ratio", ratio, ok, "positive, for a hidden width of at least 1")
+        _require("stem_convs", self.stem_convs, self.stem_convs in (2, 3), "2 or 3")
         rate = self.drop_path_rate
         _require("drop_path_rate", rate, 0 <= rate < 1, "in [0, 1)")
-        _require("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "positive")
-        _require("stem_convs", self.stem_convs, self.stem_convs in (2, 3), "2 or 3")
-        _require(
-            "num_classes",
-            self.num_classes,
-            not (self.stage_norms and self.num_classes),
-            "0 where stage_norms is set (that form has no classifier)",
-        )
-        groups = self.attention_groups
-        _require(
-            "dims",
-            self.dims,
-            all(dim % groups == 0 for dim in self.dims),
-            f"divisible by attention_groups={groups}",
-        )
         stages = self.scaled_residual_stages
-        _require(
-            "scaled_residual_stages",
-            stages,
-            all(0 <= stage < NUM_STAGES for stage in stages),
-            "stage indices from 0 to 3",
-        )
+        ok = all(0 <= stage < NUM_STAGES for stage in stages)
+        _require("scaled_residual_stages", stages, ok, "stages from 0 to 3")
+        classes = self.num_classes
+        _require("num_classes", classes, classes >= 0, "at least 0")
+        ok = not (self.stage_norms and classes)
+        constraint = "0 where stage_norms is set: that form has no classifier"
+        _require("num_classes", classes, ok, constraint)
 
     def wiring(self, stage: int) -> tuple[LayerWiring, ...]:
         """The connector's table for `stage` (from 0)."""
@@ -135,40 +140,5 @@ def _replace(config, overrides, prefix):
     return dataclasses.replace(config, **changes)
 
 
-def _check_types(config, prefix=""):
-    """One-sentence errors for the annotated types (int, float, bool, str, tuples)."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(hint):
-            _require(prefix + name, value, isinstance(value, hint), hint.__name__)
-            _check_types(value, f"{prefix}{name}.")
-        elif get_origin(hint) is Literal:
-            choices = get_args(hint)
-            _require(prefix + name, value, value in choices, f"one of {choices}")
-        elif get_origin(hint) is tuple:
-            element = get_args(hint)[0]
-            ok = isinstance(value, tuple) and all(_is(v, element) for v in value)
-            kind = getattr(element, "__name__", str(element))
-            _require(prefix + name, value, ok, f"a tuple of {kind}")
-        else:
-            _require(prefix + name, value, _is(value, hint), f"of type {hint.__name__}")
-
-
-def _is(value, kind):
-    if kind is float:
-        kind = (int, float)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
 def _require(name, value, ok, constraint):
-    if not ok:
-        raise UserError(f"model setting {name}={value!r} must be {constraint}.")
-
-
-def _require_stages(name, values, minimum, shown=None):
-    ok = len(values) == NUM_STAGES and all(v >= minimum for v in values)
-    shown = values if shown is None else shown
-    _require(name, shown, ok, f"{NUM_STAGES} numbers of at least {minimum}")
-
-
-__all__ = ["ConnectorConfig", "ModelConfig", "ganglion_layers"]
+    require(f"model.{name}", value, ok, constraint)

@@ -45,7 +45,8 @@ def stage_wiring(
     A ganglion layer reads the normal layers since the ganglion before it (the first
     one also the stage input), then at most `window` earlier ganglions (None: all of
     them), each group oldest first.  Its concatenation has width `len(sources)` times
-    that of the stage.
+    that of the stage.  One that finds nothing to read (the first layer of a stage that
+    does not read its input) has no sources, but others read it as a ganglion.
 
     >>> [wiring.sources for wiring in stage_wiring(7, stride=2, start=0, window=3)]
     [(-1,), (), (1, 0), (), (3, 0, 2), (), (5, 0, 2, 4)]

@@ -70,7 +70,7 @@ def train_step(
     metrics = {
         "train_loss": loss,
         "learning_rate": schedule(state.step),
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step + 1, weights, ema, opt_state), metrics
 

@@ -1,0 +1,406 @@
+"""Laws of whole networks, on tiny ones: what compiles is shared between the tests."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparx_jax.errors import UserError
+from sparx_jax.models import TOTAL_STRIDE, create_model, stage_wiring
+
+TOLERANCE = {
+    # Two compilations of the same arithmetic; logits of about unit size.
+    "compiled": 1e-5,
+    # 8 bits of storage through seven layers, relative to the largest logit.
+    "bfloat16": 0.05,
+    # Size of a gradient that is zero, over the median size; others are above.
+    "zero": 1e-5,
+}
+
+TINY = dict(dims=(8, 12, 16, 20), num_classes=5)
+# Every kind of parameter in four layers: normal ones, ganglions with and without
+# reduction, both with and without scaled residual paths.
+SHORT = TINY | dict(
+    depths=(1, 1, 1, 1),
+    reductions=(2, 2, 2, 1),
+    connector=dict(stride=(0, 1, 0, 1), start=(0, 0, 0, 0)),
+)
+# The query's BatchNorm removes a shift, and where nothing is reduced (stage 4) the map
+# is read through the query only.
+ZERO_GRADIENTS = {"stages.3.blocks.0.mixer_norm.bias"}
+
+
+def build(**overrides):
+    return create_model("sparx_mamba_nano", **TINY | overrides)
+
+
+def randomise(model, seed=5):
+    """Unit-size weights: the initial ones (0.02) let tiny networks fade to nothing."""
+    rng = np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        shape, name = variable.shape, path[-1]
+        value = rng.standard_normal(shape)
+        if name == "kernel" or name.endswith("proj"):
+            value /= np.sqrt(np.prod(shape[:-1] if name == "kernel" else shape[-2]))
+        else:
+            value = 0.2 * value + (name in ("scale", "var", "skip"))
+            value = abs(value) + 0.1 if name == "var" else value
+        variable.set_value(jnp.asarray(value, jnp.float32))
+    return model
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def by_path(model, kind=(nnx.Param, nnx.BatchStat)):
+    """Arrays by dotted path; copies, as later updates write in place."""
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {".".join(map(str, path)): np.array(v[...]) for path, v in flat}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomise(build())
+
+
+@pytest.fixture(scope="module")
+def images():
+    return draw(4, 64, 48, 3)
+
+
+@pytest.fixture(scope="module")
+def logits(model, images):
+    return np.asarray(model(images))
+
+
+# -- evaluation --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluate(model):
+    """Compiled (images) -> logits, pooled features, outputs of all layers."""
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, images):
+        model = nnx.merge(graphdef, state)
+        logits, layers = model(images), model.forward_layers(images)
+        model.head = None  # what num_classes=0 builds
+        return logits, model(images), layers
+
+    return partial(run, state)
+
+
+def test_evaluation_is_the_same_inside_and_outside_jit(evaluate, images, logits):
+    inside, _, _ = evaluate(images)
+    assert inside.dtype == jnp.float32
+    assert logits.std() > 0.1
+    np.testing.assert_allclose(inside, logits, atol=TOLERANCE["compiled"])
+
+
+def test_evaluation_is_deterministic_and_changes_nothing(model, images, logits):
+    before = by_path(model)
+    np.testing.assert_array_equal(model(images), logits)
+    np.testing.assert_array_equal(model(images, key=jax.random.key(1)), logits)
+    jax.tree.map(np.testing.assert_array_equal, before, by_path(model))
+
+
+def test_pictures_do_not_see_each_other(evaluate, images, logits):
+    """Picture i's logits are the same beside other pictures, in another place."""
+    others = draw(*images.shape, seed=1)
+    others[3] = images[0]
+    np.testing.assert_allclose(
+        evaluate(others)[0][3], logits[0], atol=TOLERANCE["compiled"]
+    )
+
+
+def test_head_reads_the_normalised_mean_of_the_last_map(model, evaluate, images):
+    logits, pooled, layers = evaluate(images)
+    last = np.asarray(layers[-1][-1], np.float64)
+    axes = (1, 2, 3)
+    std = np.sqrt(last.var(axes, keepdims=True) + 1e-5)
+    normal = (last - last.mean(axes, keepdims=True)) / std
+    normal = normal * np.asarray(model.head_norm.scale[...])
+    expected = normal.mean((1, 2)) + np.asarray(model.head_norm.bias[...])
+    np.testing.assert_allclose(pooled, expected, atol=TOLERANCE["compiled"])
+    expected = expected @ np.asarray(model.head.kernel[...])
+    expected = expected + np.asarray(model.head.bias[...])
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE["compiled"])
+
+
+def test_every_ganglion_reads_its_sources_and_no_other(model, evaluate, images):
+    """Each layer, recomputed from the outputs that its stage's table names."""
+    _, _, layers = evaluate(images)
+    depths = [len(outputs) for outputs in layers]
+    assert depths == [1, 2, 3, 1]
+    wiring = stage_wiring(3, stride=2, start=0, window=3)
+    assert model.stages[2].wiring == wiring
+    stage_input = model.downsamples[2 - 1](layers[1][-1])
+    outputs = {-1: stage_input, **dict(enumerate(layers[2]))}
+    for index, layer in enumerate(wiring):
+        context = tuple(outputs[source] for source in layer.sources)
+        block = model.stages[2].blocks[index]
+        again = jax.jit(lambda b, x, c: b(x, c))(block, outputs[index - 1], context)
+        np.testing.assert_allclose(
+            again, layers[2][index], atol=10 * TOLERANCE["compiled"]
+        )
+
+
+@pytest.mark.parametrize("size", [(33, 47), (97, 131), (32, 32), (224, 160)])
+def test_features_have_strides_4_to_32_rounded_up(model, size):
+    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    features = jax.eval_shape(model.forward_features, images)
+    for stage, (feature, dim) in enumerate(zip(features, TINY["dims"], strict=True)):
+        stride = 4 * 2**stage
+        expected = (2, *(-(-pixels // stride) for pixels in size), dim)
+        assert feature.shape == expected
+
+
+def test_features_are_the_last_layers(model, evaluate, images):
+    _, _, layers = evaluate(images)
+    features = model.forward_features(images)
+    for feature, outputs in zip(features, layers, strict=True):
+        scale = np.abs(feature).max()
+        np.testing.assert_allclose(
+            feature, outputs[-1], atol=TOLERANCE["compiled"] * scale
+        )
+
+
+def test_bfloat16_stays_close_and_its_parameters_stay_float32(model, images, logits):
+    low = build(dtype="bfloat16")
+    nnx.update(low, nnx.state(model))
+    got = low(images)
+    assert got.dtype == jnp.float32
+    error = np.abs(got - logits).max() / np.abs(logits).max()
+    assert 1e-4 < error < TOLERANCE["bfloat16"]
+    assert {str(a.dtype) for a in by_path(low).values()} == {"float32"}
+
+
+# -- wrong input -------------------------------------------------------------------
+
+
+def refusal(call, *args):
+    """The one sentence of the UserError that `call` raises, before any compilation."""
+    with pytest.raises(UserError) as error:
+        call(*args)
+    sentence = str(error.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    return sentence
+
+
+@pytest.mark.parametrize("method", ["__call__", "forward_features", "forward_layers"])
+def test_too_small_images_are_refused_with_size_and_minimum(model, method):
+    sentence = refusal(getattr(model, method), np.zeros((1, 31, 64, 3), np.float32))
+    assert "31 x 64" in sentence and f"{TOTAL_STRIDE} x {TOTAL_STRIDE}" in sentence
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 3), (1, 3, 64, 64), (1, 64, 64, 1), (2, 1, 64, 64, 3)]
+)
+def test_wrong_layouts_are_refused_with_the_right_one(model, shape):
+    sentence = refusal(model, np.zeros(shape, np.float32))
+    assert str(shape) in sentence and "(batch, height, width, 3)" in sentence
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "bool"])
+def test_raw_pixels_are_refused(model, dtype):
+    sentence = refusal(model, np.zeros((1, 64, 64, 3), dtype))
+    assert dtype in sentence and "floating-point" in sentence
+
+
+def test_wrong_input_is_refused_inside_jit_too(model):
+    refusal(jax.jit(model), np.zeros((1, 16, 16, 3), np.float32))
+
+
+def test_other_channels_are_the_configurations(images):
+    gray = build(in_channels=1)
+    assert "3)" in refusal(gray, images)
+    shape = jax.eval_shape(gray, jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32))
+    assert shape.shape == (1, 5)
+
+
+# -- training ----------------------------------------------------------------------
+
+
+def training_step(model):
+    """Compiled (images, key) -> logits, gradients and statistics by path."""
+    model.train()
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    @jax.jit
+    def run(images, key):
+        def loss(params):
+            model = nnx.merge(graphdef, params, stats)
+            logits = model(images, key=key)
+            weights = jnp.sin(jnp.arange(logits.size)).reshape(logits.shape)
+            after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return (logits * weights).sum(), (logits, after)
+
+        grads, (logits, after) = jax.grad(loss, has_aux=True)(params)
+        return logits, grads, after
+
+    def call(images, key):
+        logits, *trees = run(images, key)
+        return logits, *map(flat, trees)
+
+    return call
+
+
+def flat(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def short_model():
+    return randomise(build(**SHORT, drop_path_rate=0.5))
+
+
+@pytest.fixture(scope="module")
+def step(short_model):
+    return training_step(short_model)
+
+
+@pytest.fixture(scope="module")
+def result(step, images):
+    return step(images, jax.random.key(0))
+
+
+def check_gradients(model, grads):
+    size = {path: np.abs(grad).max() for path, grad in grads.items()}
+    assert size.keys() == by_path(model, nnx.Param).keys()
+    limit = TOLERANCE["zero"] * np.median(list(size.values()))
+    assert {path for path in size if not size[path] > limit} == ZERO_GRADIENTS
+
+
+def test_every_parameter_receives_gradient(short_model, result):
+    check_gradients(short_model, result[1])
+
+
+@pytest.mark.slow
+def test_every_parameter_of_the_smallest_variant_receives_gradient():
+    model = randomise(build(drop_path_rate=0.1))
+    _, grads, _ = training_step(model)(draw(4, 64, 64, 3), jax.random.key(0))
+    check_gradients(model, grads)
+
+
+def test_training_updates_every_statistic(short_model, result):
+    before, after = by_path(short_model, nnx.BatchStat), result[2]
+    assert before.keys() == after.keys()
+    for path, value in after.items():
+        assert np.isfinite(value).all()
+        assert (value != before[path]).all(), path
+        if path.endswith(".var"):
+            assert (value > 0).all()
+
+
+def test_first_statistics_are_those_of_the_first_convolution(short_model, result):
+    """One of them against NumPy, lest all are updated with something else."""
+    after = result[2]
+    x = np.pad(draw(4, 64, 48, 3), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = np.asarray(short_model.stem.convs[0].kernel[...], np.float64)
+    y = sum(
+        x[:, i : i + 64 : 2, j : j + 48 : 2] @ kernel[i, j] for i, j in np.ndindex(3, 3)
+    )
+    before = by_path(short_model, nnx.BatchStat)["stem.norms.0.mean"]
+    expected = 0.9 * before + 0.1 * y.mean((0, 1, 2))
+    np.testing.assert_allclose(after["stem.norms.0.mean"], expected, atol=1e-5)
+
+
+def test_drop_path_follows_the_key(step, images, result):
+    again, other = (step(images, jax.random.key(seed))[0] for seed in (0, 1))
+    np.testing.assert_array_equal(again, result[0])
+    assert np.abs(other - result[0]).max() > 0.01
+
+
+def test_drop_path_grows_linearly_to_its_rate():
+    model = build(drop_path_rate=0.3)
+    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, 0.3, 7))
+
+
+def test_training_with_drop_path_needs_a_key(short_model, images):
+    def forward(images):
+        return nnx.clone(short_model)(images)
+
+    short_model.train()
+    with pytest.raises(ValueError, match="needs a key"):
+        jax.eval_shape(forward, images)
+
+
+def test_train_and_eval_switch_back_and_forth(images, logits):
+    model = randomise(build())
+    model.train()
+    model.eval()
+    np.testing.assert_array_equal(model(images), logits)
+
+
+# -- construction ------------------------------------------------------------------
+
+
+def test_connector_off_keeps_all_other_initial_weights():
+    """So an ablation compares equal networks: only the projections are replaced."""
+    sparse, plain = by_path(build()), by_path(build(connector={"mode": "none"}))
+    only_one = {path for path in sparse.keys() ^ plain.keys()}
+    assert only_one and all(".project." in path for path in only_one)
+    different = {
+        path
+        for path in sparse.keys() & plain.keys()
+        if not np.array_equal(sparse[path], plain[path])
+    }
+    assert not different
+
+
+def test_layers_and_directions_start_with_different_weights():
+    """No two arrays of one shape are equal, unless they are constants."""
+    seen = {}
+    for path, array in by_path(build(depths=(2, 2, 3, 2))).items():
+        if array.size > 8 and array.std() > 0:
+            seen.setdefault(array.tobytes(), []).append(path)
+    repeated = [p for p in seen.values() if len(p) > 1 and "a_log" not in p[0]]
+    assert len(seen) > 50 and not repeated
+
+
+def test_stage_norms_are_per_pixel_and_replace_the_classifier(model, evaluate, images):
+    dense = build(num_classes=0, stage_norms=True)
+    assert dense.head is None and dense.head_norm is None
+    _, _, layers = evaluate(images)
+    state = nnx.to_flat_state(nnx.state(model))
+    ours = {path: v for path, v in state if path[0] not in ("head", "head_norm")}
+    nnx.update(dense, nnx.from_flat_state(ours))
+    for feature, outputs in zip(dense.forward_features(images), layers, strict=True):
+        x = np.asarray(outputs[-1], np.float64)
+        centred = x - x.mean(-1, keepdims=True)
+        expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(feature, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_tree_mode_of_nnx_gives_the_same_logits(images, logits, tmp_path):
+    """NNX can do without its graph of shared references; so can we."""
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np, test_backbone as t
+model = t.randomise(t.build())
+np.save({str(tmp_path / "logits.npy")!r}, model(t.draw(4, 64, 48, 3)))
+_, grads, _ = t.training_step(t.randomise(t.build(**t.SHORT)))(
+    t.draw(4, 64, 48, 3), t.jax.random.key(0))
+assert grads
+"""
+    environment = os.environ | dict(NNX_GRAPH_MODE="false", NNX_GRAPH_UPDATES="false")
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=root, check=True
+    )
+    got = np.load(tmp_path / "logits.npy")
+    np.testing.assert_allclose(got, logits, atol=TOLERANCE["compiled"])

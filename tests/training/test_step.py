@@ -1,0 +1,142 @@
+"""Laws of the training and evaluation steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from sparx_jax.training import state as states
+from sparx_jax.training.step import cross_entropy, normalize, train_step
+from tests.training.conftest import digest
+
+
+def after(run, batch, steps):
+    state = run.init()
+    for _ in range(steps):
+        state, metrics = run.train_step(state, batch)
+    return state, metrics
+
+
+def test_normalize_removes_mean_and_deviation():
+    image = np.full((1, 2, 2, 3), (0, 51, 255), np.uint8)
+    out = normalize(jnp.asarray(image), (0.5, 0.1, 0.0), (0.25, 0.5, 2.0))
+    np.testing.assert_allclose(out[0, 0, 0], (-2.0, 0.2, 0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_spreads_the_smoothing_over_all_classes(smoothing):
+    logits = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
+    labels = np.array([0, 3, 6, 3, 1])
+    target = np.full((5, 7), smoothing / 7)
+    target[np.arange(5), labels] += 1 - smoothing
+    expected = -(target * log_softmax(logits.astype(np.float64), -1)).sum(-1)
+    out = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+
+
+def test_a_step_is_adamw_of_the_clipped_gradient_of_the_loss(run, batch):
+    config, start = run.config, jax.device_get(run.init())
+    network, _ = states.split(
+        __import__("sparx_jax").models.build(config.model, config.seed)
+    )
+    images = normalize(batch["image"], config.data.mean, config.data.std)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+
+    def loss(params):
+        model = states.merge(network.train, start.weights._replace(params=params))
+        logits = model(images, key=key)
+        return cross_entropy(logits, batch["label"], config.label_smoothing).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.weights.params)
+    state, metrics = after(run, batch, 1)
+    np.testing.assert_allclose(metrics["train_loss"], value, rtol=1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in grads.values()))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    # The first step of Adam with bias correction is the sign of the gradient where it
+    # is large against eps, so learning rate and weight decay can be read off.
+    settings = config.optimizer
+    rate = float(run.schedule(0))
+    assert rate == pytest.approx(settings.warmup_lr) == float(metrics["learning_rate"])
+    scale = min(1.0, settings.clip_norm / norm)
+    for path, before in start.weights.params.items():
+        grad = np.asarray(grads[path], np.float64) * scale
+        update = grad / (np.abs(grad) + settings.eps)
+        decayed = path.endswith(("kernel", "_proj", "dt_bias", "a_log"))
+        decayed |= path.endswith("_residual.scale")
+        update += settings.weight_decay * decayed * before
+        moved = np.asarray(state.weights.params[path], np.float64) - before
+        clear = np.abs(grad) > 1e-4
+        # Parameters near 1 resolve 1.2e-7 of an update of 1e-6.
+        np.testing.assert_allclose(
+            moved[clear], -rate * update[clear], atol=1.3e-7, err_msg=path
+        )
+
+
+def test_the_average_follows_weights_and_statistics(run, batch):
+    start = jax.device_get(run.init())
+    state = jax.device_get(after(run, batch, 1)[0])
+    decay = run.config.ema_decay
+    for old, new, average in zip(start.weights, state.weights, state.ema, strict=True):
+        for path in old:
+            expected = decay * old[path] + (1 - decay) * new[path]
+            np.testing.assert_allclose(average[path], expected, atol=1e-6)
+    assert any(
+        (start.weights.batch_stats[p] != state.weights.batch_stats[p]).any()
+        for p in start.weights.batch_stats
+    )
+
+
+def test_the_loss_of_a_repeated_batch_falls(run, batch):
+    first = after(run, batch, 1)[1]["train_loss"]
+    assert after(run, batch, 12)[1]["train_loss"] < first - 0.02
+
+
+def test_equal_seeds_and_steps_give_equal_bits_and_another_step_other_ones(run, batch):
+    one, again = (digest(after(run, batch, 2)[0]) for _ in range(2))
+    assert one == again
+    later = run.init()._replace(step=jnp.asarray(7, jnp.int32))
+    losses = [run.train_step(s, batch)[1]["train_loss"] for s in (run.init(), later)]
+    assert losses[0] != losses[1]  # other paths are dropped
+
+
+def test_training_traces_once_and_reuses_the_memory_of_the_state(run, batch):
+    start = run.init()
+    state, _ = run.train_step(start, batch)
+    for _ in range(2):
+        state, _ = run.train_step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
+    assert run.train_step._cache_size() == 1
+
+
+def test_without_average_the_state_has_none(run, batch):
+    state = run.init()._replace(ema=None)
+    step = lambda s: train_step(  # noqa: E731
+        states.split(__import__("sparx_jax").models.build(run.config.model, 0))[
+            0
+        ].train,
+        run.config,
+        run.optimizer,
+        run.schedule,
+        s,
+        batch,
+    )
+    assert jax.eval_shape(step, state)[0].ema is None
+
+
+def test_evaluation_counts_only_examples_of_weight_one(run, batch):
+    weights = run.init().weights
+    size = run.config.eval_batch_size
+    images = np.resize(batch["image"], (size, 32, 32, 3))
+    full = {
+        "image": images,
+        "label": np.resize(batch["label"], size),
+        "index": np.arange(size, dtype=np.int32),
+        "weight": np.ones(size, np.float32),
+    }
+    half = full | {"weight": (np.arange(size) < size // 2).astype(np.float32)}
+    whole, part = (jax.device_get(run.eval_step(weights, b)) for b in (full, half))
+    right = whole["predicted"] == full["label"]
+    assert part["examples"] == size // 2 and whole["examples"] == size
+    assert part["top1"] == right[: size // 2].sum() and whole["top1"] == right.sum()
+    assert whole["top1"] <= whole["top5"] <= size
