@@ -61,7 +61,7 @@ class WrongAnswer(NamedTuple):
     probability: float
     """Of the predicted class, in [0, 1]."""
     name: str
-    """Which picture it is, for instance its file name."""
+    """Which picture it is, for instance its path (the last part is shown)."""
 
 
 def wiring_arcs(config: ModelConfig) -> list[Arc]:
@@ -338,7 +338,7 @@ def _draw_curves(figure, history):
         axes.tick_params(labelbottom=False)
         if axes.lines:
             _legend(axes, ncols=3)
-    for axes in (rate, speed):
+    for axes in (axes for axes in (rate, speed) if axes.lines):
         axes.set_xlabel("step", loc="right", size=7.5, color=GREY, labelpad=1)
     for axes in (loss, rate, top1, speed):
         _finish_panel(axes, [record["step"] for record in history] or [0])
@@ -368,7 +368,7 @@ def _finish_panel(axes, steps):
     if not axes.lines:
         axes.set(xticks=[], yticks=[])
         where = dict(transform=axes.transAxes, ha="center", va="center")
-        axes.text(0.5, 0.5, "nothing recorded", size=8, color=GREY, **where)
+        axes.text(0.5, 0.5, "no values to draw", size=8, color=GREY, **where)
 
 
 def _draw_curve(axes, history, key, **style):
@@ -432,10 +432,11 @@ def _draw_answer(figure, left, top, answer):
     axes.imshow(answer.image, interpolation="nearest" if small else "antialiased")
     axes.set_anchor("SW")
     axes.axis("off")
+    name = os.path.basename(answer.name)
     lines = (
         (f"predicted {answer.predicted}", dict(weight="bold", color=ORANGE)),
         (f"true {answer.true}", dict(color=INK)),
-        (f"{100 * answer.probability:.1f} %  {answer.name}", dict(color=GREY)),
+        (f"{100 * answer.probability:.1f} % {name}", dict(color=GREY)),
     )
     for index, (text, style) in enumerate(lines):
         y = top + 1.4 + 0.145 * index
