@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
@@ -65,8 +66,9 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
     weights = Weights(optax.apply_updates(state.weights.params, updates), stats)
     ema = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(weights, ema, 1.0 - config.ema_decay)
+    if ema is not None:  # as one vector: see make_optimizer
+        (new, _), (old, split) = ravel_pytree(weights), ravel_pytree(ema)
+        ema = split(old + (1.0 - config.ema_decay) * (new - old))
     metrics = {
         "train_loss": loss,
         "learning_rate": schedule(state.step),

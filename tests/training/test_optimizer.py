@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
 
+from sparx_jax import create_model
 from sparx_jax.interop.names import torch_name
 from sparx_jax.training import state as states
 from sparx_jax.training.config import OptimizerConfig
-from sparx_jax.training.optimizer import is_decayed, learning_rate
+from sparx_jax.training.optimizer import is_decayed, learning_rate, make_optimizer
 
 MANIFESTS = Path(__file__).parents[1] / "parity/manifests"
 
@@ -25,15 +27,45 @@ def test_a_run_without_warm_up_starts_at_the_full_rate():
     assert float(learning_rate(OptimizerConfig(lr=1.0), 0, 10)(0)) == 1.0
 
 
-@pytest.mark.parametrize("size", ["t"])
-def test_weight_decay_acts_on_what_the_authors_trainer_decays(size):
-    """timm exempts tensors of one axis and names that end in ".bias"."""
-    manifest = json.loads((MANIFESTS / f"sparx_mamba_{size}.json").read_text())
-    shapes = {entry["key"]: entry["shape"] for entry in manifest["tensors"]}
-    import sparx_jax
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_the_optimizer_is_adamw_of_the_clipped_gradient(clip_norm):
+    config = OptimizerConfig(weight_decay=0.1, clip_norm=clip_norm)
+    optimizer = make_optimizer(config, lambda step: 0.01 * (step + 1))
+    rng = np.random.default_rng(0)
+    shapes = {"a.kernel": (3, 4), "a.bias": (4,), "b.skip": (2, 3), "b.a_log": (2, 1)}
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    expected = {k: p.astype(np.float64) for k, p in params.items()}
+    state, m, v = (
+        optimizer.init(params),
+        dict.fromkeys(shapes, 0),
+        dict.fromkeys(shapes, 0),
+    )
+    for step in range(1, 4):
+        grads = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        scale = min(1.0, clip_norm / norm) if clip_norm else 1.0
+        for k, g in grads.items():
+            g = g * scale
+            m[k] = config.beta1 * m[k] + (1 - config.beta1) * g
+            v[k] = config.beta2 * v[k] + (1 - config.beta2) * g**2
+            mean, square = (
+                m[k] / (1 - config.beta1**step),
+                v[k] / (1 - config.beta2**step),
+            )
+            update = mean / (np.sqrt(square) + config.eps)
+            update += 0.1 * expected[k] * (k in ("a.kernel", "b.a_log"))
+            expected[k] = expected[k] - 0.01 * step * update
+    for k in shapes:
+        np.testing.assert_allclose(params[k], expected[k], atol=1e-6, err_msg=k)
 
-    model = sparx_jax.create_model(f"sparx_mamba_{size}")
-    params = states.split(model)[1].params
+
+def test_weight_decay_acts_on_what_the_authors_trainer_decays():
+    """timm exempts tensors of one axis and names that end in ".bias"."""
+    manifest = json.loads((MANIFESTS / "sparx_mamba_t.json").read_text())
+    shapes = {entry["key"]: entry["shape"] for entry in manifest["tensors"]}
+    params = states.split(create_model("sparx_mamba_t"))[1].params
     for path in params:
         name = torch_name(path)
         expected = len(shapes[name]) > 1 and not name.endswith(".bias")

@@ -1,0 +1,185 @@
+"""Laws of whole runs: resuming, checkpoints, evaluation, what stands in the files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sparx_jax.data import eval_batches
+from sparx_jax.errors import UserError
+from sparx_jax.training import loop
+from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.config import as_dict
+from sparx_jax.training.evaluate import evaluate_checkpoint, evaluate_split
+from sparx_jax.training.logging import read_metrics
+from tests.training.conftest import digest, tiny_settings
+
+TIMES = ("images_per_s", "data_wait")
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(steps):
+    """A source of batches that fails, as a run does when it is killed."""
+    real = loop.train_batches
+
+    def batches(*args, **kwargs):
+        for count, batch in enumerate(real(*args, **kwargs)):
+            if count == steps:
+                raise Killed
+            yield batch
+
+    return batches
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of 12 steps with evaluations after 4, 8 and 12."""
+    workdir = str(tmp_path_factory.mktemp("finished"))
+    loop.train(tiny_settings(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The same run, killed after step 6 and again after step 10."""
+    workdir = str(tmp_path_factory.mktemp("resumed"))
+    with pytest.MonkeyPatch.context() as patch:
+        for steps in (6, 6):  # from step 0, then from the checkpoint of step 4
+            with patch.context() as inner, pytest.raises(Killed):
+                inner.setattr(loop, "train_batches", killed_after(steps))
+                loop.train(tiny_settings(), workdir)
+    loop.train(tiny_settings(), workdir)
+    return workdir
+
+
+def restored(run, workdir, step="latest"):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    state = checkpoints.restore(
+        checkpoints.find(step), run.init(), as_dict(run.config)["model"]
+    )
+    checkpoints.close()
+    return state
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    run, finished, resumed
+):
+    one, other = (digest(restored(run, folder)) for folder in (finished, resumed))
+    assert one.keys() == other.keys()
+    assert [path for path in one if one[path] != other[path]] == []
+
+
+def test_metrics_hold_every_step_once_and_equal_those_of_an_uninterrupted_run(
+    finished, resumed
+):
+    def records(folder):
+        return [
+            {k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(folder)
+        ]
+
+    expected, found = records(finished), records(resumed)
+    assert [r["step"] for r in found] == [r["step"] for r in expected]
+    # A window that a restart cuts in two averages fewer losses.
+    assert found == expected
+    losses = [r for r in expected if "train_loss" in r]
+    assert [r["step"] for r in losses] == [2, 4, 6, 8, 10, 12]
+    assert [r["step"] for r in expected if "top1" in r] == [4, 8, 12]
+    assert {"eval_loss", "top1", "top5", "raw_top1"} <= expected[-1].keys()
+
+
+def test_the_best_and_the_latest_checkpoint_are_kept(finished):
+    scores = {r["step"]: r["top1"] for r in read_metrics(finished) if "top1" in r}
+    checkpoints = Checkpoints(finished, read_only=True)
+    best, latest = checkpoints.find("best"), checkpoints.find("latest")
+    assert latest == 12 and scores[best] == max(scores.values())
+    kept = {int(p.name) for p in checkpoints.path.iterdir() if p.name.isdigit()}
+    assert kept == {best, latest}
+    assert checkpoints.meta(best)["metrics"]["top1"] == scores[best]
+    with pytest.raises(UserError, match="no checkpoint '7' in .* use best, latest or"):
+        checkpoints.find("7")
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(finished, capsys):
+    loop.train(tiny_settings(), finished)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_evaluation_of_a_checkpoint_equals_what_training_measured(finished, capsys):
+    record = read_metrics(finished)[-1]
+    for weights, prefix in (("ema", ""), ("raw", "raw_")):
+        result = evaluate_checkpoint(
+            tiny_settings(), finished, step="latest", weights=weights
+        )
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+        assert result["step"] == 12 and result["examples"] == 360
+        assert result["top1"] == record[f"{prefix}top1"]
+        assert result["loss"] == pytest.approx(record[f"{prefix}eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [360, 7])
+def test_every_example_counts_once_whatever_the_batch_size(run, batch_size):
+    """Against a count by hand; 7 does not divide 360."""
+    setup, weights = run.setup, run.init().weights
+    config = setup.config.__class__(
+        **vars(setup.config) | {"eval_batch_size": batch_size}
+    )
+    answers, labels = [], []
+
+    def eval_step(weights, batch):  # predicts the brightness of the picture
+        guess = batch["image"].astype(np.float32).mean((1, 2, 3)).astype(int) % 10
+        right = (guess == batch["label"]) * batch["weight"]
+        answers.extend(guess[batch["weight"] > 0])
+        labels.extend(np.asarray(batch["label"])[batch["weight"] > 0])
+        return {
+            "loss": right.sum(), "top1": right.sum(), "top5": right.sum(),
+            "examples": batch["weight"].sum(), "index": batch["index"],
+            "label": batch["label"], "predicted": guess, "probability": guess / 10,
+        }  # fmt: skip
+
+    result = evaluate_split(eval_step, weights, config, setup.eval_source, setup.mesh)
+    source = setup.eval_source
+    truth = [source[i]["label"] for i in range(len(source))]
+    assert result.examples == len(answers) == len(source) == 360
+    np.testing.assert_array_equal(result.label, truth)
+    np.testing.assert_array_equal(result.predicted, answers)
+    assert result.top1 == pytest.approx(100 * np.mean(np.equal(answers, truth)))
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_difference(finished):
+    other = tiny_settings(**{"model.dims": (8, 8, 12, 20)})
+    message = r"another model: dims=\[8, 8, 12, 16\] there, \[8, 8, 12, 20\] here"
+    with pytest.raises(UserError, match=message):
+        evaluate_checkpoint(other, finished)
+    with pytest.raises(UserError, match=message):
+        loop.train(other, finished)
+
+
+def test_a_run_without_average_is_evaluated_raw(finished, tmp_path, run):
+    checkpoints = Checkpoints(str(tmp_path))
+    state = run.init()._replace(ema=None)
+    checkpoints.save(state, as_dict(run.config), {"top1": 1.0})
+    checkpoints.wait()
+    assert not checkpoints.has_ema(0)
+    with pytest.raises(UserError, match="without a moving average"):
+        checkpoints.restore_weights(
+            0, "ema", state.weights, as_dict(run.config)["model"]
+        )
+    checkpoints.close()
+
+
+def test_the_report_is_a_picture(finished):
+    from PIL import Image
+
+    with Image.open(f"{finished}/report.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_padding_does_not_change_the_batches_of_evaluation(run):
+    data, source = run.config.data, run.setup.eval_source
+    whole = np.concatenate(
+        [b["image"][b["weight"] > 0] for b in eval_batches(data, source, batch_size=7)]
+    )
+    assert len(whole) == len(source)
