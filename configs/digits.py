@@ -22,8 +22,8 @@ def get_config():
 
     config.batch_size = 64
     config.eval_batch_size = 120
-    config.train_epochs = 24.0
-    config.eval_every_epochs = 3.0
+    config.train_epochs = 16.0
+    config.eval_every_epochs = 2.0
     config.log_every_steps = 20
     config.optimizer.lr = 2e-3
     config.optimizer.warmup_epochs = 2.0

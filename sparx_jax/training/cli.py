@@ -33,7 +33,7 @@ def run(main: Callable) -> None:
     def guarded(argv):
         del argv
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells every file
+            logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
         if not jax.config.jax_compilation_cache_dir:
             cache = Path.home() / ".cache/sparx_jax/xla"
             jax.config.update("jax_compilation_cache_dir", str(cache))

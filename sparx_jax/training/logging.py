@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl, a progress line, TensorBoard scalars if wanted."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -17,15 +18,14 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: str, *, start_step: int, tensorboard: bool = False):
-        self._file = self._board = None
+        self._path = self._board = None
         if jax.process_index() != 0:
             return
-        path = Path(workdir) / "metrics.jsonl"
+        self._path = Path(workdir) / "metrics.jsonl"
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
-        temporary = path.with_suffix(".tmp")
+        temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, path)
-        self._file = path.open("a")
+        os.replace(temporary, self._path)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -35,24 +35,16 @@ class MetricsLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record; numbers that JSON cannot hold become null."""
-        if self._file is None:
+        if self._path is None:
             return
-        plain = {
-            k: v if v == v and abs(v) != float("inf") else None
-            for k, v in record.items()
-        }
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in record.items():
                 if key != "step":
                     self._board.add_scalar(key, value, record["step"])
-
-    def close(self) -> None:
-        """Closes the files."""
-        for file in (self._file, self._board):
-            if file is not None:
-                file.close()
+            self._board.flush()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

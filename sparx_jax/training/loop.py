@@ -59,10 +59,18 @@ def train(settings: ConfigDict, workdir: str) -> None:
     Raises UserError on bad input, before anything is compiled.
     """
     watch = Stopwatch()
-    config, train_source, eval_source, mesh = prepare(settings)
+    setup = prepare(settings)
     _make_folder(workdir)
-    lengths = plan(config, len(train_source))
     checkpoints = Checkpoints(workdir)
+    try:
+        _train(setup, workdir, checkpoints, watch)
+    finally:  # also after an error: the write in progress is finished
+        checkpoints.close()
+
+
+def _train(setup, workdir, checkpoints, watch):
+    config, train_source, eval_source, mesh = setup
+    lengths = plan(config, len(train_source))
     schedule = learning_rate(
         config.optimizer, lengths.warmup_steps, lengths.total_steps
     )
@@ -84,7 +92,7 @@ def train(settings: ConfigDict, workdir: str) -> None:
     watch.lap("initialisation")
     if start >= lengths.total_steps:
         say(f"nothing to do: {workdir} has reached step {start:,}")
-        return checkpoints.close()
+        return
 
     train_step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     eval_step = compile_eval_step(network, config, state.weights, mesh)
@@ -125,8 +133,7 @@ def train(settings: ConfigDict, workdir: str) -> None:
             checkpoints.save(state, as_dict(config), record)
             watch.lap("checkpoints")
             window.restart()
-    checkpoints.close()
-    log.close()
+    checkpoints.wait()
     watch.lap("checkpoints")
     report = write_report(
         workdir, config, evaluation, eval_source, step=lengths.total_steps

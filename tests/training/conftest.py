@@ -15,7 +15,7 @@ from sparx_jax.training.step import compile_eval_step, compile_train_step
 
 
 def tiny_settings(**overrides):
-    """Digits and a network of four layers, one of them a ganglion; `overrides` by dotted path."""
+    """Digits and four layers, one a ganglion; `overrides` are by dotted path."""
     settings = default_config()
     defaults = {
         "model.name": "sparx_mamba_nano",

@@ -17,7 +17,7 @@ from tests.training.conftest import digest, tiny_settings
 TIMES = ("images_per_s", "data_wait")
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818
     pass
 
 
@@ -98,7 +98,7 @@ def test_the_best_and_the_latest_checkpoint_are_kept(finished):
     kept = {int(p.name) for p in checkpoints.path.iterdir() if p.name.isdigit()}
     assert kept == {best, latest}
     assert checkpoints.meta(best)["metrics"]["top1"] == scores[best]
-    with pytest.raises(UserError, match="no checkpoint '7' in .* use best, latest or"):
+    with pytest.raises(UserError, match=r"no checkpoint '7' in .* use best, latest or"):
         checkpoints.find("7")
 
 

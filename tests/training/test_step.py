@@ -58,7 +58,9 @@ def test_the_loss_of_a_repeated_batch_falls(run, batch):
 def test_equal_seeds_and_steps_give_equal_bits_and_another_step_other_ones(run, batch):
     one, again = (digest(after(run, batch, 2)[0]) for _ in range(2))
     assert one == again
-    later = run.init()._replace(step=jnp.asarray(7, jnp.int32))
+    later = run.init()
+    seven = jax.device_put(np.int32(7), later.step.sharding)
+    later = later._replace(step=seven)
     losses = [run.train_step(s, batch)[1]["train_loss"] for s in (run.init(), later)]
     assert losses[0] != losses[1]  # other paths are dropped
 

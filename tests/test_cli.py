@@ -1,0 +1,138 @@
+"""Bad input ends with one sentence that names the value and the remedy."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "--config=configs/digits.py"
+
+# (program, flags, what the sentence says); WORK is a fresh folder, DATA one of pictures.
+BAD_INPUT = {
+    "unknown model": ("train", "--config.model.name=sparx_mamba_x", "unknown model"),
+    "unknown key": ("train", "--config.model.drop_pth=0.3", "drop_path_rate"),
+    "unknown flag": ("train", "--confg.seed=3", "Unknown command line flag"),
+    "wrong type": ("train", "--config.batch_size=abc", "batch_size=abc"),
+    "space for equals": ("train", "--config.use_ema False", "unexpected argument"),
+    "bad tuple": ("train", "--config.model.depths=(2,2,x,2)", "not a tuple of numbers"),
+    "short tuple": ("train", "--config.model.depths=(2,2)", "depths=(2, 2)"),
+    "bad choice": ("train", "--config.model.connector.mode=dense", "connector.mode"),
+    "bad value": ("train", "--config.label_smoothing=1.5", "label_smoothing=1.5"),
+    "tiny pictures": ("train", "--config.data.image_size=8", "image_size=8"),
+    "batch and devices": ("train", "--config.mesh.data=3", "does not fit 1 device"),
+    "no data folder": (
+        "train",
+        "--config.data.name=folder --config.data.root=/nowhere",
+        "'/nowhere', which is not a folder",
+    ),
+    "empty class": (
+        "train",
+        "--config.data.name=folder --config.data.root=DATA",
+        "holds no image",
+    ),
+    "too few classes": ("train", "--config.model.num_classes=4", "at least 10"),
+    "no checkpoints": ("eval", "", "holds no checkpoints"),
+    "missing workdir": ("eval", None, "--workdir is missing"),
+}
+
+
+def start(program, *flags, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, f"{ROOT}/{program}.py", *flags],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.fixture(scope="session")
+def outcomes(tmp_path_factory):
+    """All bad commands, two at a time, since each takes seconds to import JAX."""
+    data = tmp_path_factory.mktemp("data")
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (data / split / name).mkdir(parents=True)
+            if name == "cat":
+                Image.new("RGB", (40, 40)).save(data / split / name / "0.png")
+
+    def outcome(case):
+        program, flags, _ = case
+        work = tmp_path_factory.mktemp("work")
+        words = [] if flags is None else [f"--workdir={work}/run", *flags.split()]
+        words = [word.replace("DATA", str(data)) for word in words]
+        return start(program, DIGITS, *words)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD_INPUT, pool.map(outcome, BAD_INPUT.values()), strict=True))
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_told_in_one_sentence(outcomes, case):
+    result, expected = outcomes[case], BAD_INPUT[case][2]
+    assert result.returncode == 78, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and expected in lines[0], result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_training_never_imports_tensorflow():
+    code = (
+        "import sys, sparx_jax.training.loop, sparx_jax.training.cli, sparx_jax.plots;"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_trains_and_evaluates(tmp_path):
+    """Two colours, in files, from the two commands of the README."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 9)):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.integers(-30, 30, (40, 48, 3))
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    flags = [
+        DIGITS,
+        f"--workdir={tmp_path}/run",
+        "--config.data.name=folder",
+        f"--config.data.root={tmp_path}/data",
+        "--config.batch_size=8",
+        "--config.eval_batch_size=8",
+        "--config.train_epochs=5",
+        "--config.optimizer.warmup_epochs=1",
+        "--config.use_ema=False",
+        "--config.model.depths=(1,1,1,1)",
+        "--config.model.dims=(8,8,12,16)",
+    ]
+    trained = start("train", *flags)
+    assert trained.returncode == 0, trained.stderr
+    evaluated = start("eval", *flags)
+    assert evaluated.returncode == 0, evaluated.stderr
+    import json
+
+    result = json.loads(evaluated.stdout.splitlines()[-1])
+    assert result["examples"] == 18 and result["top1"] == 100.0
+    assert result["weights"] == "raw"
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_its_accuracy(tmp_path):
+    import json
+
+    trained = start("train", DIGITS, f"--workdir={tmp_path}/digits")
+    assert trained.returncode == 0, trained.stderr
+    evaluated = start("eval", DIGITS, f"--workdir={tmp_path}/digits")
+    result = json.loads(evaluated.stdout.splitlines()[-1])
+    assert result["examples"] == 360 and result["top1"] >= 97.5
+    assert (tmp_path / "digits/report.png").stat().st_size > 10_000
