@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 DIGITS = "--config=configs/digits.py"
 
-# (program, flags, what the sentence says); WORK is a fresh folder, DATA one of pictures.
+# (program, flags, what the sentence says); DATA is a folder with an empty class.
 BAD_INPUT = {
     "unknown model": ("train", "--config.model.name=sparx_mamba_x", "unknown model"),
     "unknown key": ("train", "--config.model.drop_pth=0.3", "drop_path_rate"),

@@ -7,10 +7,10 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from sparx_jax.errors import UserError
-from sparx_jax.training.config import from_config_dict
+from sparx_jax.training.config import default_config, from_config_dict
 
 EXIT_BAD_INPUT = 78
 """EX_CONFIG: restarting will not help."""
