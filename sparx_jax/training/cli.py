@@ -65,7 +65,18 @@ def _parse(argv):
         _fail(error)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # How ml_collections rejects a key or a value, here or in the config file.
-        _fail(f"bad configuration: {error.args[0] if error.args else error!s}")
+        _fail(_unknown_setting(argv) or f"bad configuration: {error}")
+
+
+def _unknown_setting(argv):
+    for word in argv:
+        path, node = word.removeprefix("--config.").partition("=")[0], default_config()
+        for key in path.split(".") if word.startswith("--config.") else ():
+            if not isinstance(node, ConfigDict) or key not in node:
+                there = ", ".join(node) if isinstance(node, ConfigDict) else "none"
+                return f"unknown setting config.{path}; the settings there: {there}."
+            node = node[key]
+    return None
 
 
 def _check_tuples():
