@@ -56,13 +56,16 @@ def train(devices, **settings):
 
 @pytest.mark.slow
 def test_several_devices_equal_one():
-    losses, sums, split, count = train(1)
+    # Adam divides gradients that are only rounding by themselves; this epsilon lets
+    # them stay rounding.
+    calm = {"optimizer.eps": 1e-3}
+    losses, sums, split, count = train(1, **calm)
     assert split == 0 and count == 1
     for settings in ({}, {"mesh.fsdp": 2}):
-        others, other_sums, split, count = train(4, **settings)
+        others, other_sums, split, count = train(4, **calm, **settings)
         assert count == 4 and (split > 0) == bool(settings)
         assert others == pytest.approx(losses, rel=1e-5)
-        assert other_sums == pytest.approx(sums, rel=1e-5)
+        assert other_sums == pytest.approx(sums, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (-1, 2), (-1, -1), (0, 1)])
