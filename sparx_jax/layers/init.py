@@ -61,5 +61,5 @@ def biases(key: Key[Array, ""], shape: tuple[int, ...], dtype=jnp.float32) -> Ar
     return zeros(shape).astype(dtype)
 
 
-# The authors truncate this normal at +-2, that is at 100 standard deviations.
+# Deviation: the authors truncate at +-2, that is at 100 standard deviations.
 weights = normal(0.02)

@@ -26,7 +26,11 @@ def is_decayed(path: str) -> bool:
 
 
 def learning_rate(config: OptimizerConfig, warmup_steps: int, total_steps: int):
-    """Schedule: linear from `warmup_lr` to `lr`, then a half cosine to `min_lr`."""
+    """Schedule: linear from `warmup_lr` to `lr`, then a half cosine to `min_lr`.
+
+    Deviation: by step; the authors' trainer changes the rate once an epoch, and its
+    cosine counts from step 0 instead of from the end of the warm-up.
+    """
     return optax.warmup_cosine_decay_schedule(
         config.warmup_lr, config.lr, warmup_steps, total_steps, config.min_lr
     )

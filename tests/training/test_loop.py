@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from sparx_jax.data import eval_batches
 from sparx_jax.errors import UserError
 from sparx_jax.training import loop
 from sparx_jax.training.checkpoint import Checkpoints
@@ -82,7 +81,6 @@ def test_metrics_hold_every_step_once_and_equal_those_of_an_uninterrupted_run(
 
     expected, found = records(finished), records(resumed)
     assert [r["step"] for r in found] == [r["step"] for r in expected]
-    # A window that a restart cuts in two averages fewer losses.
     assert found == expected
     losses = [r for r in expected if "train_loss" in r]
     assert [r["step"] for r in losses] == [2, 4, 6, 8, 10, 12]
@@ -175,11 +173,3 @@ def test_the_report_is_a_picture(finished):
 
     with Image.open(f"{finished}/report.png") as picture:
         assert min(picture.size) > 500
-
-
-def test_padding_does_not_change_the_batches_of_evaluation(run):
-    data, source = run.config.data, run.setup.eval_source
-    whole = np.concatenate(
-        [b["image"][b["weight"] > 0] for b in eval_batches(data, source, batch_size=7)]
-    )
-    assert len(whole) == len(source)
