@@ -4,6 +4,7 @@ The tables know the authors' networks, VMamba's and timm's Swin; what only we ha
 (SparX-Swin, a connector in a baseline) gets the names that follow from the same rows.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -11,6 +12,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 
 from sparx_jax.errors import UserError
+from sparx_jax.interop.windows import resize_position_bias
 
 # Entries without a counterpart: torch counts batches for a kind of running average that
 # these networks do not use, and some files keep what follows from the window size.
@@ -140,6 +142,8 @@ def torch_name(path: str, skeleton: str = "sparx") -> str:
 def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """Our arrays, by path, from a torch state dict.
 
+    Relative position biases of another window size are stretched to the network's.
+
     Args:
       weights: arrays by torch name.
       shapes: the shape of every array of the network, by path.
@@ -160,6 +164,8 @@ def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     arrays, wrong = {}, []
     for name, path in names.items():
         array, shape = np.asarray(weights[name]), tuple(shapes[path])
+        if path.endswith("position_bias"):
+            array = _fit_window(array, shape)
         there, here = _axes(path, whose)
         try:
             arrays[path] = rearrange(array, f"{there} -> {here}", **_sizes(here, shape))
@@ -181,6 +187,15 @@ def to_torch(arrays: Arrays) -> dict[str, np.ndarray]:
         array = rearrange(np.asarray(array), f"{here} -> {there}")
         weights[torch_name(path, whose)] = np.ascontiguousarray(array)
     return weights
+
+
+def _fit_window(table, shape):
+    """The bias table, stretched if it is that of a square window of another size."""
+    span = math.isqrt(len(table))
+    if span == shape[0] or span**2 != len(table):
+        return table
+    table = resize_position_bias(table.reshape(span, span, -1), shape[0] // 2 + 1)
+    return table.reshape(-1, table.shape[-1])
 
 
 def _axes(path, skeleton):
