@@ -117,7 +117,7 @@ def gradients(layer, x):
 def test_gradient_reaches_the_biases_of_all_pairs_and_no_others(
     compiled, randomised, size
 ):
-    """And is finite, though the pixels of the padding see no key."""
+    """And is finite, also of the padding, which no pixel sees."""
     layer = randomised(mixer(shifted=True))
     seen = {offset(query, key) for query, keys in pairs(size, True) for key in keys}
     table, x = map(np.asarray, compiled(layer, draw(*size), function=gradients))
