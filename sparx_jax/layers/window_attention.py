@@ -11,7 +11,7 @@ from sparx_jax.layers import init
 from sparx_jax.layers.conv import pointwise
 from sparx_jax.typing import Array, Float
 
-MASKED = -1e9  # finite: a window of padding only has no key, and must not make a NaN
+MASKED = -1e9  # a score of which softmax makes 0
 
 
 class WindowAttention(nnx.Module):
@@ -137,10 +137,10 @@ def _from_windows(tokens, rows, columns):
 
 
 def _are_apart(rows, columns):
-    """bool (windows, n, n): a query must not see this key."""
+    """bool (windows, n, n): a query must not see this key; padding sees padding."""
     vertical, horizontal = np.meshgrid(rows.regions(), columns.regions(), indexing="ij")
     padding = (vertical < 0) | (horizontal < 0)
     regions = np.where(padding, -1, 2 * vertical + horizontal)
     (regions,) = _to_windows(regions[None, ..., None], rows, columns)
     query, key = regions.reshape(-1, regions.shape[1], 1), regions.swapaxes(1, 2)
-    return jnp.asarray((query != key) | (key < 0))
+    return jnp.asarray(query != key)

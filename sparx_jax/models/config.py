@@ -122,7 +122,7 @@ class ModelConfig:
             ok = all(dim % heads == 0 for dim in self.dims)
             _require("dims", self.dims, ok, f"divisible by head_dim={heads}")
         size = self.conv_size
-        _require("conv_size", size, size >= 1 and size % 2 == 1, "odd")
+        _require("conv_size", size, size >= 1 and size % 2 == 1, "positive and odd")
         ratio = self.mlp_ratio
         ok = math.isfinite(ratio) and all(int(ratio * dim) >= 1 for dim in self.dims)
         _require("mlp_ratio", ratio, ok, "positive, for a hidden width of at least 1")

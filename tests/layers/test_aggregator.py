@@ -1,6 +1,7 @@
-"""The aggregator of ganglion layers, step by step against NumPy."""
+"""The fusions of ganglion layers, step by step against NumPy."""
 
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,14 @@ import pytest
 from flax import nnx
 
 from sparx_jax.layers import aggregator
-from sparx_jax.layers.aggregator import Aggregator, Reduction, channel_attention
+from sparx_jax.layers.aggregator import (
+    Aggregator,
+    Fusion,
+    Reduction,
+    channel_attention,
+    make_fusion,
+    spatial_attention,
+)
 
 # float32 against float64: values of about unit size, up to ten layers deep.
 TOLERANCE = dict(rtol=2e-5, atol=2e-5)
@@ -35,6 +43,19 @@ def attention64(query, key, value, groups):
     return y
 
 
+def spatial64(query, key, value, groups):
+    """Picture by picture, group by group and pixel by pixel."""
+    y = np.zeros(query.shape)
+    width = query.shape[-1] // groups
+    for picture, row, column, g in np.ndindex(*query.shape[:3], groups):
+        channels = slice(g * width, (g + 1) * width)
+        q = query[picture, row, column, channels].astype(np.float64)
+        k, v = (t[picture, ..., channels].reshape(-1, width) for t in (key, value))
+        weights = np.exp(k @ q / math.sqrt(width))
+        y[picture, row, column, channels] = weights @ v / weights.sum()
+    return y
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("reduced", [(4, 6), (2, 3), (1, 1)])
 def test_attention_weighs_the_channels_of_each_group(groups, reduced):
@@ -42,6 +63,14 @@ def test_attention_weighs_the_channels_of_each_group(groups, reduced):
     value = draw(2, 4, 6, 8, seed=3)
     got = channel_attention(*map(jnp.asarray, (query, key, value)), groups)
     expected = attention64(query, key, value, groups)
+    np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+def test_spatial_attention_weighs_the_reduced_pixels():
+    query = draw(2, 4, 3, 8, seed=1)
+    key, value = draw(2, 2, 2, 8, seed=2), draw(2, 2, 2, 8, seed=3)
+    got = spatial_attention(*map(jnp.asarray, (query, key, value)), 4)
+    expected = spatial64(query, key, value, 4)
     np.testing.assert_allclose(got, expected, **TOLERANCE)
 
 
@@ -94,48 +123,103 @@ def gelu(x):
     return x * 0.5 * (1 + jax.scipy.special.erf(x / math.sqrt(2)))
 
 
+def fusion(kind, context_dim, out_dim, reduction=2):
+    make = dict(reduction=reduction, groups=4)
+    return build(make_fusion, kind, 8, context_dim, out_dim, **make)
+
+
+def group_norm(x, norm):
+    x = np.asarray(x, np.float64)
+    x = x - x.mean((1, 2, 3), keepdims=True)
+    x = x / np.sqrt(x.var((1, 2, 3), keepdims=True) + 1e-5)
+    return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+
+
+def project(x, layer):
+    return x @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...])
+
+
+def maps_of(layer, x, context):
+    """The projections of an aggregator: context conv, query, key and values."""
+    h = layer.context_conv_norm(layer.context_conv(layer.context_norm(context)))
+    h = gelu(layer.context_proj(gelu(h)))
+    raw = h[..., -8:]
+    maps = dict(value=layer.value(raw))
+    if layer.attention != "none":
+        maps |= dict(query=layer.query(x), key=layer.key(h[..., :8]))
+    if layer.attention == "spatial":
+        maps |= dict(attended=layer.attended_value(raw))
+    return maps, layer(x, context)
+
+
 @pytest.mark.parametrize(
-    "reduction, size, out_dim",
+    "kind, reduction, size, out_dim",
     [
-        (1, (3, 5), 24),  # stage 4: the query replaces the map
-        (2, (5, 3), 16),  # out_dim % 3 == 1: the mean is appended
-        (4, (6, 7), 20),  # out_dim % 3 == 2: the means of two halves
-        (8, (1, 1), 24),  # nothing left to reduce: the query replaces the map
+        ("dmca", 1, (3, 5), 24),  # stage 4: the query replaces the map
+        ("dmca", 2, (5, 3), 16),  # out_dim % 3 == 1: the mean is appended
+        ("dmca", 4, (6, 7), 20),  # out_dim % 3 == 2: the means of two halves
+        ("dmca", 8, (1, 1), 24),  # nothing left to reduce: the query replaces the map
+        ("dmca_spatial", 1, (3, 5), 16),
+        ("dmca_spatial", 2, (5, 3), 24),
+        ("dmca_no_attention", 2, (5, 3), 17),  # out_dim % 2 == 1: the mean again
     ],
 )
 def test_aggregator_fuses_as_the_paper_says(
-    randomised, compiled, reduction, size, out_dim
+    randomised, compiled, kind, reduction, size, out_dim
 ):
-    layer = randomised(build(Aggregator, 8, 24, out_dim, reduction=reduction, groups=4))
+    layer = randomised(fusion(kind, 24, out_dim, reduction))
     x, context = (jnp.asarray(draw(2, *size, c, seed=c)) for c in (8, 24))
-
-    def first_half(layer, x, context):
-        h = layer.context_conv_norm(layer.context_conv(layer.context_norm(context)))
-        h = gelu(layer.context_proj(gelu(h)))
-        query, key, value = (
-            layer.query(x),
-            layer.key(h[..., :8]),
-            layer.value(h[..., 8:]),
-        )
-        return query, key, value, layer(x, context)
-
-    *qkv, got = compiled(layer, x, context, function=first_half)
-    query, _, value = qkv
-    attended = attention64(*map(np.asarray, qkv), 4)
+    maps, got = compiled(layer, x, context, function=maps_of)
+    value, query, key = (np.asarray(maps.get(n, x)) for n in ("value", "query", "key"))
     full_resolution = reduction == 1 or size == (1, 1)
-    z = np.concatenate([query if full_resolution else x, attended, value], -1)
-    z = z[..., np.arange(24).reshape(8, 3).T.ravel()]
+    fused = [query if full_resolution else x]
+    if kind == "dmca":
+        fused.append(attention64(query, key, value, 4))
+    if kind == "dmca_spatial":
+        fused.append(spatial64(query, key, np.asarray(maps["attended"]), 4))
+    z = np.concatenate([*fused, value], -1)
+    parts = len(fused) + 1
+    z = z[..., np.arange(8 * parts).reshape(8, parts).T.ravel()]
     z = jnp.asarray(z, jnp.float32)
     second_half = lambda layer, z: layer.fuse_proj(gelu(layer.fuse_conv(z)))  # noqa: E731
     y = np.asarray(compiled(layer, z, function=second_half))
-    if out_dim % 3 == 1:
+    if out_dim % parts == 1:
         y = np.concatenate([y, y.mean(-1, keepdims=True)], -1)
-    if out_dim % 3 == 2:
+    if out_dim % parts == 2:
         halves = np.split(y, 2, -1)
         y = np.concatenate([y, *(t.mean(-1, keepdims=True) for t in halves)], -1)
 
     assert got.shape == (2, *size, out_dim)
     np.testing.assert_allclose(got, y, **TOLERANCE)
+
+
+def test_concat_projects_the_map_beside_the_normalised_context(randomised, compiled):
+    layer, x = randomised(fusion("concat", 24, 10)), draw(2, 3, 5, 8)
+    context = draw(2, 3, 5, 24, seed=1)
+    beside = np.concatenate([x, group_norm(context, layer.context_norm)], -1)
+    expected = project(beside, layer.fuse)
+    np.testing.assert_allclose(compiled(layer, x, context), expected, **TOLERANCE)
+
+
+def test_sum_projects_the_map_plus_the_normalised_sum(randomised, compiled):
+    layer, x = randomised(fusion("sum", 24, 10)), draw(2, 3, 5, 8)
+    first, second, third = (draw(2, 3, 5, 8, seed=seed) for seed in (1, 2, 3))
+    total = group_norm(first + second + third, layer.context_norm)
+    expected = project(x + total, layer.fuse)
+    context = np.concatenate([first, second, third], -1)
+    np.testing.assert_allclose(compiled(layer, x, context), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", get_args(Fusion))
+def test_fusions_read_the_map_and_every_source(randomised, compiled, kind):
+    """Pictures 1 to 4 are picture 0 with one map of another picture in it."""
+    layer = randomised(fusion(kind, 24, 24, reduction=1))
+    maps, others = (np.repeat(draw(4, 1, 2, 2, 8, seed=s), 5, 1) for s in (0, 1))
+    for i in range(4):
+        maps[i, 1 + i] = others[i, 0]
+    same, *changed = compiled(layer, maps[0], np.concatenate(maps[1:], -1))
+    # Rounding alone is a thousand times less.
+    assert min(np.abs(got - same).max() for got in changed) > 5e-3
 
 
 def test_bfloat16_stays_close(randomised, compiled):

@@ -49,6 +49,22 @@ def batch_norm(x, norm):
     return x * value(norm.scale) + value(norm.bias)
 
 
+def layer_norm(x, norm):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * value(norm.scale) + value(norm.bias)
+
+
+# SparX's convolutions have no bias before BatchNorm; VMamba's have one and LayerNorm.
+NORMS = {"batch": batch_norm, "layer": layer_norm}
+
+
+def conv_norm(x, conv, norm, kind, stride):
+    assert (conv.bias is None) == (kind == "batch")
+    y = convolve(x, value(conv.kernel), stride)
+    return NORMS[kind](y if conv.bias is None else y + value(conv.bias), norm)
+
+
 def gelu(x):
     return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
@@ -84,32 +100,36 @@ def test_depthwise_filters_each_channel(compiled, randomised, bias):
     np.testing.assert_allclose(compiled(layer, x), depthwise(x, layer), **TOLERANCE)
 
 
-def test_mlp_adds_its_depthwise_convolution_before_an_exact_gelu(compiled, randomised):
-    layer, x = randomised(Mlp(4, 6, conv=True, **make())), draw(2, 5, 3, 4)
+@pytest.mark.parametrize("conv", [True, False])
+def test_mlp_adds_its_depthwise_convolution_before_an_exact_gelu(
+    compiled, randomised, conv
+):
+    layer, x = randomised(Mlp(4, 6, conv=conv, **make())), draw(2, 5, 3, 4)
     h = x @ value(layer.expand.kernel) + value(layer.expand.bias)
-    h = gelu(h + depthwise(h, layer.conv))
+    h = gelu(h + depthwise(h, layer.conv) if conv else h)
     expected = h @ value(layer.reduce.kernel) + value(layer.reduce.bias)
     np.testing.assert_allclose(compiled(layer, x), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("num_convs, strides", [(2, (2, 2)), (3, (2, 1, 2))])
 def test_stem_alternates_convolution_norm_and_gelu(
-    compiled, randomised, num_convs, strides
+    compiled, randomised, num_convs, strides, norm
 ):
-    layer = randomised(Stem(3, 8, num_convs=num_convs, **make()))
+    layer = randomised(Stem(3, 8, num_convs=num_convs, norm=norm, **make()))
     images = draw(2, 10, 7, 3)
     x = images
     for i, stride in enumerate(strides):
         x = gelu(x) if i else x  # none after the last norm
-        x = convolve(x, value(layer.convs[i].kernel), stride)
-        x = batch_norm(x, layer.norms[i])
+        x = conv_norm(x, layer.convs[i], layer.norms[i], norm, stride)
     assert x.shape == (2, 3, 2, 8)
     np.testing.assert_allclose(compiled(layer, images), x, **TOLERANCE)
 
 
-def test_downsample_has_no_activation(compiled, randomised):
-    layer, x = randomised(Downsample(4, 6, **make())), draw(2, 5, 4, 4)
-    expected = batch_norm(convolve(x, value(layer.conv.kernel), 2), layer.norm)
+@pytest.mark.parametrize("norm", NORMS)
+def test_downsample_has_no_activation(compiled, randomised, norm):
+    layer, x = randomised(Downsample(4, 6, norm=norm, **make())), draw(2, 5, 4, 4)
+    expected = conv_norm(x, layer.conv, layer.norm, norm, 2)
     np.testing.assert_allclose(compiled(layer, x), expected, **TOLERANCE)
 
 

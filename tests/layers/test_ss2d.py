@@ -30,12 +30,13 @@ def layer(randomised):
     return randomised(mixer())
 
 
-def mixer(dtype="float32"):
+def mixer(dtype="float32", **family):
     return SS2D(
         16,
         inner_ratio=2,
         state_dim=3,
         scan_method="auto",
+        **family,
         dtype=jnp.dtype(dtype),
         rngs=nnx.Rngs(0),
     )
@@ -103,8 +104,18 @@ def test_scan_equals_four_walks_over_the_map(layer, features):
     )
 
 
-def test_mixer_is_convolution_silu_scan_norm_projection(compiled, layer, features):
-    """No gate, no second branch, the norm over the whole map."""
+@pytest.mark.parametrize(
+    "family, axes",
+    [
+        (dict(), (1, 2, 3)),  # SparX: the norm is over the whole map
+        (dict(norm="layer", conv_size=3, bias=False), 3),  # VMamba
+    ],
+)
+def test_mixer_is_convolution_silu_scan_norm_projection(
+    compiled, randomised, features, family, axes
+):
+    """No gate and no second branch."""
+    layer = randomised(mixer(**family))
 
     def parts(layer, x):
         y = layer.conv(x)
@@ -112,13 +123,16 @@ def test_mixer_is_convolution_silu_scan_norm_projection(compiled, layer, feature
 
     y, got = compiled(layer, features, function=parts)
     y = np.asarray(y, np.float64)
-    axes = (1, 2, 3)
     y = y - y.mean(axes, keepdims=True)
     y = y / np.sqrt(y.var(axes, keepdims=True) + 1e-5)
     y = y * np.asarray(layer.norm.scale[...]) + np.asarray(layer.norm.bias[...])
-    out = layer.out_proj
-    y = y @ np.asarray(out.kernel[...]) + np.asarray(out.bias[...])
+    y = y @ np.asarray(layer.out_proj.kernel[...])
+    if family.get("bias", True):
+        y = y + np.asarray(layer.out_proj.bias[...])
     np.testing.assert_allclose(got, y, **TOLERANCE)
+    biases = (layer.conv.bias, layer.out_proj.bias)
+    assert [bias is None for bias in biases] == [not family.get("bias", True)] * 2
+    assert len(layer.conv.kernel) == family.get("conv_size", 5)
 
 
 def test_one_pixel_is_its_own_past_in_all_directions(layer):

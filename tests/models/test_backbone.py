@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 from sparx_jax.errors import UserError
+from sparx_jax.layers.aggregator import Fusion
 from sparx_jax.models import TOTAL_STRIDE, Backbone, create_model
 
 TOLERANCE = {
@@ -378,17 +380,25 @@ def test_train_and_eval_switch_back_and_forth(model, images, logits):
 # -- construction ------------------------------------------------------------------
 
 
-def test_connector_off_keeps_all_other_initial_weights():
+@pytest.fixture(scope="module")
+def initial_weights():
+    return by_path(build())
+
+
+MODES = [dict(mode=mode) for mode in ("none", "dense_ganglion", "densenet")]
+FUSIONS = [dict(fusion=kind) for kind in get_args(Fusion) if kind != "dmca"]
+
+
+@pytest.mark.parametrize("connector", MODES + FUSIONS)
+def test_the_connector_leaves_all_other_initial_weights(initial_weights, connector):
     """So an ablation compares equal networks: only the projections are replaced."""
-    sparse, plain = by_path(build()), by_path(build(connector={"mode": "none"}))
-    only_one = sparse.keys() ^ plain.keys()
-    assert only_one and all(".project." in path for path in only_one)
+    other = by_path(build(connector=connector))
     different = {
         path
-        for path in sparse.keys() & plain.keys()
-        if not np.array_equal(sparse[path], plain[path])
+        for path in initial_weights.keys() | other.keys()
+        if not np.array_equal(initial_weights.get(path), other.get(path))
     }
-    assert not different
+    assert different and all(".project." in path for path in different)
 
 
 def test_layers_and_directions_start_with_different_weights():

@@ -23,12 +23,19 @@ MISTAKES = [
     ("dims", (96, 192, 320), "4 numbers of at least 4"),
     ("dims", (96, 192, -4, 512), "4 numbers of at least 4"),
     ("dims", (96, 192, 322, 512), "divisible by attention_groups=4"),
+    ("mixer", "attention", "one of ss2d, window_attention"),
+    ("downsample", "conv", "one of conv_batch_norm, conv_layer_norm, patch"),
+    ("norm", "batch", "one of group, layer"),
+    ("position_conv", 1, "of type bool"),
+    ("mlp_conv", 1, "of type bool"),
     ("stem_convs", 4, "2 or 3"),
     ("stem_convs", True, "of type int"),
     ("stem_convs", "2", "of type int"),
     ("connector", None, "ConnectorConfig"),
     ("connector.mode", "dense", "one of sparx, dense_ganglion"),
-    ("connector.mode", None, "one of sparx, dense_ganglion"),
+    ("connector.mode", None, "one of sparx, dense_ganglion, densenet, none"),
+    ("connector.fusion", "add", "one of dmca, dmca_spatial, dmca_no_attention, concat"),
+    ("connector.fusion", None, "one of dmca, dmca_spatial, dmca_no_attention, concat"),
     ("connector.stride", (1, 2), "4 numbers of at least 0"),
     ("connector.stride", (0, 1, -2, 1), "4 numbers of at least 0"),
     ("connector.stride", (0, 1, None, 1), "a tuple of int"),
@@ -52,6 +59,13 @@ MISTAKES = [
     ("inner_ratio", 0, "at least 1"),
     ("inner_ratio", 1.5, "of type int"),
     ("state_dim", 0, "at least 1"),
+    ("conv_size", 4, "positive and odd"),
+    ("conv_size", -1, "positive and odd"),
+    ("conv_size", 3.0, "of type int"),
+    ("mixer_bias", None, "of type bool"),
+    ("window_size", 0, "at least 1"),
+    ("head_dim", 0, "at least 1"),
+    ("shifted_layers", "all", "one of odd, even"),
     ("scaled_residual_stages", (2, 4), "stages from 0 to 3"),
     ("scaled_residual_stages", (-1,), "stages from 0 to 3"),
     ("drop_path_rate", 1.0, "in [0, 1)"),
@@ -94,6 +108,13 @@ def test_stage_norms_and_a_classifier_exclude_each_other():
     with pytest.raises(UserError, match=r"num_classes=1000 must be 0.*stage_norms"):
         ModelConfig(**BASE, stage_norms=True)
     assert ModelConfig(**BASE, stage_norms=True, num_classes=0).stage_norms
+
+
+def test_heads_divide_the_widths_where_there_are_heads():
+    base = dict(BASE, head_dim=16)  # stage 3 has 24 channels
+    with pytest.raises(UserError, match=r"dims=\(8, 16, 24, 32\) .*head_dim=16"):
+        ModelConfig(**base, mixer="window_attention")
+    assert ModelConfig(**base, mixer="ss2d").head_dim == 16
 
 
 @pytest.mark.parametrize(

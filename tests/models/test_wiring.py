@@ -66,6 +66,65 @@ def test_widths_follow_the_papers_arithmetic(stride, window):
         assert not any(table[i] for i in range(depth) if i not in ganglions)
 
 
+def tables(name, **overrides):
+    """Sources of every layer, by stage."""
+    config = model_config(name, **overrides)
+    return [[layer.sources for layer in config.wiring(stage)] for stage in range(4)]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_dense_ganglion_replays_with_every_layer_a_ganglion_and_no_window(depth):
+    """Start and window have no say; the stride only where it is 0."""
+    connector = dict(mode="dense_ganglion", stride=(1, 2, 3, 4), start=(9, 1, 2, 0))
+    got = tables("sparx_mamba_t", depths=(depth,) * 4, connector=connector)
+    assert got == [replay(depth, 1, 0, None, stage > 0) for stage in range(4)]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_densenet_reads_everything_before(depth):
+    connector = dict(mode="densenet", stride=(1, 2, 3, 4), start=(9, 1, 2, 0))
+    first, *others = tables("sparx_mamba_t", depths=(depth,) * 4, connector=connector)
+    assert first == [tuple(range(layer)) for layer in range(depth)]
+    assert others == [[tuple(range(-1, layer)) for layer in range(depth)]] * 3
+
+
+@pytest.mark.parametrize("depth, connections", [(7, 28), (17, 153), (21, 231)])
+def test_densenet_has_a_connection_for_each_pair(depth, connections):
+    """In stage 1, which does not read its input, L fewer."""
+    first, _, third, _ = tables(
+        "sparx_mamba_t",
+        depths=(depth,) * 4,
+        connector=dict(mode="densenet", stride=(1, 1, 1, 1)),
+    )
+    assert sum(map(len, third)) == connections == depth * (depth + 1) / 2
+    assert sum(map(len, first)) == depth * (depth - 1) / 2
+
+
+# Settings of stage 3 of SparX-Swin-T and its connections, as the paper's table.
+SWEEP = [
+    (dict(stride=3, window=1), 7),
+    (dict(stride=2, window=1), 7),
+    (dict(stride=2, window=2), 9),
+    (dict(stride=2, window=3), 10),
+    (dict(stride=1, window=1), 7),
+    (dict(stride=1, window=3), 16),
+    (dict(stride=1, window=None), 22),
+]
+
+
+@pytest.mark.parametrize("settings, connections", SWEEP)
+def test_connections_of_stage_3_are_those_of_the_sweep(settings, connections):
+    depth = model_config("sparx_swin_t").depths[2]
+    assert sum(map(len, sources(depth, start=0, **settings))) == connections
+
+
+@pytest.mark.parametrize("mode", ["sparx", "dense_ganglion", "densenet"])
+def test_stride_0_takes_a_stage_out_of_every_mode(mode):
+    connector = dict(mode=mode, stride=(1, 0, 1, 0), start=(0,) * 4)
+    connected = [any(table) for table in tables("swin_t", connector=connector)]
+    assert connected == [True, False, True, False]
+
+
 def test_ganglions_count_back_from_the_last_layer():
     assert ganglion_layers(7, 2, 0) == (0, 2, 4, 6)
     assert ganglion_layers(17, 3, 0) == (1, 4, 7, 10, 13, 16)
@@ -118,9 +177,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_variants_are_wired_as_published(name):
     stage_2, stage_3, stage_4, connections = RELEASED[name]
-    config = model_config(name)
-    tables = [[layer.sources for layer in config.wiring(i)] for i in range(4)]
-    assert tables == [[()] * config.depths[0], stage_2, stage_3, stage_4]
+    assert tables(name) == [[()] * 2, stage_2, stage_3, stage_4]
     assert sum(map(len, stage_3)) == connections
 
 
@@ -131,17 +188,13 @@ def test_stride_1_without_limit_reads_every_layer_before():
 
 @pytest.mark.parametrize("name", list_models())
 def test_mode_none_has_no_ganglion(name):
-    config = model_config(name, connector={"mode": "none"})
-    for stage in range(4):
-        assert [w.is_ganglion for w in config.wiring(stage)] == [False] * config.depths[
-            stage
-        ]
+    connector = dict(mode="none", stride=(1, 1, 1, 1))
+    depths = model_config(name).depths
+    assert tables(name, connector=connector) == [[()] * depth for depth in depths]
 
 
 def test_the_first_stage_reads_no_stage_input():
     """Its first layer then has nothing to read; the others read it as a ganglion."""
     connector = dict(stride=(1, 1, 1, 1), start=(0, 0, 0, 0), window=(None,) * 4)
-    config = model_config("sparx_mamba_t", depths=(3, 3, 3, 3), connector=connector)
-    tables = [[layer.sources for layer in config.wiring(i)] for i in range(4)]
-    assert tables == [[(), (0,), (0, 1)]] + [[(-1,), (0,), (0, 1)]] * 3
-    assert not config.wiring(0)[0].is_ganglion
+    got = tables("sparx_mamba_t", depths=(3, 3, 3, 3), connector=connector)
+    assert got == [[(), (0,), (0, 1)]] + [[(-1,), (0,), (0, 1)]] * 3
