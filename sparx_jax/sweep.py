@@ -5,9 +5,9 @@ python -m sparx_jax.sweep --config=configs/digits.py --workdir=runs/lr \\
 
 Every point is a run of train.py in its own folder of --workdir; the key of the last
 --sweep changes fastest.  The key `variant` is the argument of the config file, the key
-`seed` counts as repetition, `--config.KEY=VALUE` holds for all points.  The same command
-goes on where it was stopped.  At the end, and with --report_only at any time, the
-results are printed and stand in results.md, results.csv (every run) and results.png.
+`seed` counts as repetition, `--config.KEY=VALUE` holds for all points.  The same
+command goes on where it was stopped.  At the end, and with --report_only at any time,
+the results are printed and stand in results.md, results.csv (every run), results.png.
 """
 
 import ast
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -145,10 +146,8 @@ def _name(values, grid):
 
 def _safe(text):
     """For file names; numbers in one spelling, so that 1e-3 is 0.001."""
-    try:
+    with suppress(ValueError, SyntaxError):
         text = repr(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
-        pass
     return re.sub(r"[^\w.+-]+", "-", text.strip("()[]'\" "))
 
 
