@@ -1,0 +1,60 @@
+"""Does the connector pay?  Networks of equal size that differ in it, on CIFAR-10.
+
+Eight variants, `{mamba,swin}_{sparx,none,dense_ganglion,densenet}`.  Those of a family
+have equally many parameters within 1 %: what a connector costs, the others spend on
+width.  They differ in stage 3 alone, whose seven layers and wiring are those of
+SparX-Mamba-T.  Data: ROOT/train/<class>/*.png and ROOT/test/<class>/*.png, or .jpg.
+
+All 24 runs, made for about an hour on 2 CPU cores:
+
+python -m sparx_jax.sweep --config=configs/ablation.py --workdir=runs/ablation \\
+    --config.data.root=ROOT --jobs=2 --sweep seed=0,1,2 --sweep \\
+    variant=mamba_sparx,mamba_none,mamba_dense_ganglion,mamba_densenet,\\
+swin_sparx,swin_none,swin_dense_ganglion,swin_densenet
+
+Seeds come first, so that the runs of a variant follow one another at a distance and
+all but the first find its program in the compilation cache.  One run is train.py with
+--config=configs/ablation.py:mamba_none.  For a GPU (not run; meant for 90 %) add:
+
+    --config.data.image_size=64 --config.train_epochs=100 --config.batch_size=256 \\
+    --config.optimizer.warmup_epochs=5 --config.ema_decay=0.999 --config.data.workers=8
+"""
+
+from sparx_jax.errors import UserError
+from sparx_jax.training.config import default_config
+
+DEPTHS = (1, 1, 7, 1)
+STRIDE = (0, 0, 2, 0)
+# Widths of the stages that make the parameters of a family equal.
+DIMS = {
+    "mamba_sparx": (16, 32, 40, 64),
+    "mamba_none": (16, 32, 40, 64),
+}
+
+
+def get_config(variant="mamba_sparx"):
+    """The settings of one of the networks of `DIMS`."""
+    if variant not in DIMS:
+        raise UserError(f"unknown variant {variant!r}: use one of {', '.join(DIMS)}.")
+    family, _, mode = variant.partition("_")
+    config = default_config()
+    config.model.name = f"sparx_{family}_nano"
+    config.model.depths = DEPTHS
+    config.model.dims = DIMS[variant]
+    config.model.connector.mode = mode
+    config.model.connector.stride = STRIDE
+
+    config.data.image_size = 32
+    config.data.crop = "padded"
+    config.data.mean = (0.491, 0.482, 0.447)
+    config.data.std = (0.247, 0.243, 0.262)
+
+    config.batch_size = 128
+    config.eval_batch_size = 500
+    config.train_epochs = 2.0
+    config.eval_every_epochs = 1000.0  # at the end only: it takes as long as training
+    config.log_every_steps = 50
+    config.optimizer.lr = 4e-3
+    config.optimizer.warmup_epochs = 0.2
+    config.ema_decay = 0.98
+    return config
