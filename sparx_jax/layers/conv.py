@@ -9,9 +9,16 @@ from sparx_jax.typing import Array, Float
 
 
 def conv3x3(
-    dim: int, out_dim: int, *, stride: int, dtype: jnp.dtype, rngs: nnx.Rngs
+    dim: int,
+    out_dim: int,
+    *,
+    stride: int,
+    bias: bool = False,
+    kernel_init: init.Initializer = init.weights,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """3 x 3 convolution without bias, one pixel of padding on every side.
+    """3 x 3 convolution, one pixel of padding on every side.
 
     XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the picture.
     """
@@ -21,8 +28,9 @@ def conv3x3(
         (3, 3),
         stride,
         padding=1,
-        use_bias=False,
-        kernel_init=init.weights,
+        use_bias=bias,
+        kernel_init=kernel_init,
+        bias_init=init.biases,
         dtype=dtype,
         rngs=rngs,
     )
@@ -71,10 +79,11 @@ class DepthwiseConv(nnx.Module):
         *,
         stride: int = 1,
         bias: bool = True,
+        kernel_init: init.Initializer = init.weights,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.kernel = nnx.Param(init.weights(rngs.params(), (size, size, dim)))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, dim)))
         self.bias = nnx.Param(init.zeros(dim)) if bias else None
         self.stride = stride
         self.dtype = dtype

@@ -5,6 +5,7 @@ costs a compilation: 40 s for the smallest network, 4 s for the constants alone.
 draws all of them in less than a second, and the same ones on every platform.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -61,5 +62,12 @@ def biases(key: Key[Array, ""], shape: tuple[int, ...], dtype=jnp.float32) -> Ar
     return zeros(shape).astype(dtype)
 
 
+def _within_fan_in(rng, shape):
+    bound = math.prod(shape[:-1]) ** -0.5
+    return rng.uniform(-bound, bound, shape)
+
+
 # Deviation: the authors truncate at +-2, that is at 100 standard deviations.
 weights = normal(0.02)
+# What PyTorch gives a convolution that nobody initialises: VMamba's and Swin's.
+torch_conv = on_host(_within_fan_in)

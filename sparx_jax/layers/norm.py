@@ -1,5 +1,7 @@
 """Normalisation and per-channel affine layers with the constants of torch."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -65,6 +67,11 @@ class BatchNorm(nnx.Module):
                 average.set_value(average[...] + step)
         inverse = lax.rsqrt(var + EPS) * self.scale[...]
         return ((x32 - mean) * inverse + self.bias[...]).astype(x.dtype)
+
+
+def make_norm(kind: Literal["group", "layer"], dim: int) -> GroupNorm | LayerNorm:
+    """The norm of a family: over the whole map (SparX) or per pixel (the others)."""
+    return GroupNorm(dim) if kind == "group" else LayerNorm(dim)
 
 
 class ChannelAffine(nnx.Module):

@@ -1,30 +1,44 @@
 """Stem and downsampling: where the map gets smaller."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparx_jax.layers.conv import conv3x3
-from sparx_jax.layers.norm import BatchNorm
+from sparx_jax.layers import init
+from sparx_jax.layers.conv import conv3x3, pointwise
+from sparx_jax.layers.norm import BatchNorm, LayerNorm
 from sparx_jax.typing import Array, Float
+
+PATCH = 4
+
+ConvNorm = Literal["batch", "layer"]
 
 
 class Stem(nnx.Module):
     """Picture to the first stage's map at a quarter of its size.
 
-    Convolutions of stride 2 first and last; `num_convs - 2` of stride 1 between them.
+    3 x 3 convolutions of stride 2 first and last; `num_convs - 2` of stride 1 between.
     """
 
     def __init__(
-        self, in_dim: int, dim: int, *, num_convs: int, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        in_dim: int,
+        dim: int,
+        *,
+        num_convs: int,
+        norm: ConvNorm = "batch",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         dims = (in_dim, *[dim // 2] * (num_convs - 1), dim)
         strides = (2, *[1] * (num_convs - 2), 2)
         self.convs = nnx.List(
-            conv3x3(a, b, stride=stride, dtype=dtype, rngs=rngs)
+            conv3x3(a, b, stride=stride, **_conv_of(norm), dtype=dtype, rngs=rngs)
             for a, b, stride in zip(dims, dims[1:], strides, strict=False)
         )
-        self.norms = nnx.List(BatchNorm(d) for d in dims[1:])
+        self.norms = nnx.List(_norm_of(norm)(d) for d in dims[1:])
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h4 w4 c2"]:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
@@ -35,11 +49,79 @@ class Stem(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halves the map and changes its width between two stages."""
+    """Halves the map by a 3 x 3 convolution and changes its width."""
 
-    def __init__(self, dim: int, out_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.conv = conv3x3(dim, out_dim, stride=2, dtype=dtype, rngs=rngs)
-        self.norm = BatchNorm(out_dim)
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        *,
+        norm: ConvNorm = "batch",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        make = dict(dtype=dtype, rngs=rngs)
+        self.conv = conv3x3(dim, out_dim, stride=2, **_conv_of(norm), **make)
+        self.norm = _norm_of(norm)(out_dim)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         return self.norm(self.conv(x))
+
+
+class PatchStem(nnx.Module):
+    """Picture to patches of 4 x 4 pixels, projected and normalised.
+
+    Source: Liu et al., "Swin Transformer", arXiv:2103.14030.
+    """
+
+    def __init__(self, in_dim: int, dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.proj = nnx.Conv(
+            in_dim,
+            dim,
+            (PATCH, PATCH),
+            PATCH,
+            padding="VALID",
+            kernel_init=init.torch_conv,
+            bias_init=init.biases,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(dim)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h4 w4 c2"]:
+        return self.norm(self.proj(_fill_up(x, PATCH)))
+
+
+class PatchMerging(nnx.Module):
+    """Halves the map: the channels of 2 x 2 pixels, normalised and projected.
+
+    The four lie column by column, each from top to bottom.
+    Source: Liu et al., "Swin Transformer", arXiv:2103.14030.
+    """
+
+    def __init__(self, dim: int, out_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = LayerNorm(4 * dim)
+        self.proj = pointwise(4 * dim, out_dim, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        x = _fill_up(x, 2)
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5)
+        return self.proj(self.norm(x.reshape(b, h // 2, w // 2, 4 * c)))
+
+
+def _fill_up(x, multiple):
+    """Zeros below and to the right, up to a multiple of rows and columns."""
+    rows, columns = (-size % multiple for size in x.shape[1:3])
+    return jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)))
+
+
+def _norm_of(kind):
+    return BatchNorm if kind == "batch" else LayerNorm
+
+
+def _conv_of(kind):
+    """SparX's BatchNorm makes a bias void; VMamba's convolutions are torch's own."""
+    if kind == "batch":
+        return dict(bias=False, kernel_init=init.weights)
+    return dict(bias=True, kernel_init=init.torch_conv)

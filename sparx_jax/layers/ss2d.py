@@ -1,6 +1,7 @@
 """Two-dimensional selective scan, the token mixer of SparX-Mamba."""
 
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 from sparx_jax import ops
 from sparx_jax.layers import init
 from sparx_jax.layers.conv import DepthwiseConv, pointwise
-from sparx_jax.layers.norm import GroupNorm
+from sparx_jax.layers.norm import make_norm
 from sparx_jax.typing import Array, Float
 
 # Step sizes at initialisation are log-uniform in this range.
@@ -18,7 +19,7 @@ DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
 class SS2D(nnx.Module):
-    """Depthwise 5 x 5, SiLU, four selective scans of the map, GroupNorm, pointwise.
+    """Depthwise convolution, SiLU, four selective scans of the map, norm, pointwise.
 
     The directions are rows, columns, and both backwards; their outputs are summed.
     Takes the map that the block has projected to `input_dim` channels.
@@ -32,6 +33,10 @@ class SS2D(nnx.Module):
         inner_ratio: int,
         state_dim: int,
         scan_method: ops.scan.ScanMethod,
+        conv_size: int = 5,
+        conv_init: init.Initializer = init.weights,
+        norm: Literal["group", "layer"] = "group",
+        bias: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -39,15 +44,16 @@ class SS2D(nnx.Module):
         r = math.ceil(dim / 16)
         spread = lambda bound: init.uniform(-bound, bound)  # noqa: E731
 
-        self.conv = DepthwiseConv(d, 5, dtype=dtype, rngs=rngs)
+        make = dict(bias=bias, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(d, conv_size, kernel_init=conv_init, **make)
         self.x_proj = nnx.Param(spread(d**-0.5)(rngs.params(), (k, d, r + 2 * n)))
         self.dt_proj = nnx.Param(spread(r**-0.5)(rngs.params(), (k, r, d)))
         self.dt_bias = nnx.Param(init.on_host(_step_bias)(rngs.params(), (k, d)))
         log_states = np.log(np.arange(1, n + 1, dtype=np.float32))
         self.a_log = nnx.Param(jax.device_put(np.tile(log_states, (k, d, 1))))
         self.skip = nnx.Param(init.ones((k, d)))
-        self.norm = GroupNorm(d)
-        self.out_proj = pointwise(d, dim, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(norm, d)
+        self.out_proj = pointwise(d, dim, **make)
         self.scan_method = scan_method
 
     @staticmethod

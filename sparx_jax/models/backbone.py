@@ -10,19 +10,26 @@ from flax import nnx
 
 from sparx_jax.errors import UserError
 from sparx_jax.layers import init
-from sparx_jax.layers.aggregator import Aggregator
+from sparx_jax.layers.aggregator import make_fusion
 from sparx_jax.layers.conv import pointwise
-from sparx_jax.layers.norm import STAGE_NORM_EPS, GroupNorm, LayerNorm
-from sparx_jax.layers.patch import Downsample, Stem
+from sparx_jax.layers.norm import STAGE_NORM_EPS, LayerNorm, make_norm
+from sparx_jax.layers.patch import Downsample, PatchMerging, PatchStem, Stem
 from sparx_jax.layers.ss2d import SS2D
+from sparx_jax.layers.window_attention import WindowAttention
 from sparx_jax.models.block import Block
 from sparx_jax.models.config import NUM_STAGES, ModelConfig
 from sparx_jax.models.wiring import STAGE_INPUT
 from sparx_jax.typing import Array, Float, Key
 
-TOTAL_STRIDE = 32
+FEATURE_STRIDES = (4, 8, 16, 32)
+"""Pixels of the picture per pixel of each stage's map; where it does not divide the
+picture, the map is one larger."""
+
+TOTAL_STRIDE = FEATURE_STRIDES[-1]
 """Pixels of the picture per pixel of the last map; also the least height and width: the
 last map of a smaller picture would show mostly padding."""
+
+CONV_NORMS = {"conv_batch_norm": "batch", "conv_layer_norm": "layer"}
 
 
 class Stage(nnx.Module):
@@ -57,17 +64,11 @@ def _block(config, stage, index, key):
     def make():
         return dict(dtype=dtype, rngs=next(rngs))
 
-    mixer = SS2D(
-        dim,
-        inner_ratio=config.inner_ratio,
-        state_dim=config.state_dim,
-        scan_method=config.scan_method,
-        **make(),
-    )
-    in_dim = SS2D.input_dim(dim, config.inner_ratio)
+    mixer, in_dim = _mixer(config, dim, index, make())
     sources = config.wiring(stage)[index].sources
     if sources:
-        project = Aggregator(
+        project = make_fusion(
+            config.connector.fusion,
             dim,
             dim * len(sources),
             in_dim,
@@ -76,7 +77,7 @@ def _block(config, stage, index, key):
             **make(),
         )
     else:
-        project = pointwise(dim, in_dim, **make())
+        project = pointwise(dim, in_dim, bias=config.mixer_bias, **make())
     return Block(
         dim,
         project=project,
@@ -84,8 +85,56 @@ def _block(config, stage, index, key):
         mlp_dim=int(dim * config.mlp_ratio),
         drop_path=config.drop_path_rate * first / steps,
         scaled_residual=stage in config.scaled_residual_stages,
+        norm=config.norm,
+        position_conv=config.position_conv,
+        mlp_conv=config.mlp_conv,
         **make(),
     )
+
+
+def _mixer(config, dim, index, make):
+    """The token mixer of a layer and the channels that it takes."""
+    if config.mixer == "window_attention":
+        mixer = WindowAttention(
+            dim,
+            head_dim=config.head_dim,
+            window=config.window_size,
+            shifted=index % 2 == ("even", "odd").index(config.shifted_layers),
+            bias=config.mixer_bias,
+            **make,
+        )
+        return mixer, WindowAttention.input_dim(dim)
+    own = config.downsample == "conv_batch_norm"
+    mixer = SS2D(
+        dim,
+        inner_ratio=config.inner_ratio,
+        state_dim=config.state_dim,
+        scan_method=config.scan_method,
+        conv_size=config.conv_size,
+        conv_init=init.weights if own else init.torch_conv,
+        norm=config.norm,
+        bias=config.mixer_bias,
+        **make,
+    )
+    return mixer, SS2D.input_dim(dim, config.inner_ratio)
+
+
+def _stem(config, make):
+    if config.downsample == "patch":
+        return PatchStem(config.in_channels, config.dims[0], **make)
+    return Stem(
+        config.in_channels,
+        config.dims[0],
+        num_convs=config.stem_convs,
+        norm=CONV_NORMS[config.downsample],
+        **make,
+    )
+
+
+def _downsample(config, dim, out_dim, make):
+    if config.downsample == "patch":
+        return PatchMerging(dim, out_dim, **make)
+    return Downsample(dim, out_dim, norm=CONV_NORMS[config.downsample], **make)
 
 
 def _forward(method):
@@ -137,7 +186,9 @@ def _run(graphdef, state, method, images):
 
 
 class Backbone(nnx.Module):
-    """SparX: a hierarchical network whose ganglion layers read many earlier layers.
+    """A hierarchical network whose ganglion layers, if any, read many earlier layers.
+
+    `feature_strides` and `feature_dims` describe the maps of `forward_features`.
 
     Built in evaluation mode.  `model.train()` switches BatchNorm to batch statistics
     and drop path on; the call then needs a `key` if `drop_path_rate` is positive.
@@ -148,25 +199,23 @@ class Backbone(nnx.Module):
         part = lambda index: nnx.Rngs(jax.random.fold_in(key, index))  # noqa: E731
         dims = config.dims
         self.config = config
+        self.feature_strides = FEATURE_STRIDES
+        self.feature_dims = dims
         self.deterministic = True  # the name that nnx's train() and eval() set
-        self.stem = Stem(
-            config.in_channels,
-            dims[0],
-            num_convs=config.stem_convs,
-            dtype=dtype,
-            rngs=part(0),
-        )
+        self.stem = _stem(config, dict(dtype=dtype, rngs=part(0)))
         self.stages = nnx.List(
             Stage(config, i, jax.random.fold_in(key, 100 + i))
             for i in range(NUM_STAGES)
         )
         self.downsamples = nnx.List(
-            Downsample(a, b, dtype=dtype, rngs=part(200 + i))
+            _downsample(config, a, b, dict(dtype=dtype, rngs=part(200 + i)))
             for i, (a, b) in enumerate(pairwise(dims))
         )
         norms = [LayerNorm(d, eps=STAGE_NORM_EPS) for d in dims]
         self.stage_norms = nnx.List(norms) if config.stage_norms else None
-        self.head_norm = None if config.stage_norms else GroupNorm(dims[-1])
+        self.head_norm = (
+            None if config.stage_norms else make_norm(config.norm, dims[-1])
+        )
         head = dict(kernel_init=init.weights, bias_init=init.biases, rngs=part(300))
         classes = config.num_classes
         self.head = nnx.Linear(dims[-1], classes, **head) if classes else None

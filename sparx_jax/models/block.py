@@ -1,14 +1,15 @@
 """One layer of a backbone: position, token mixing with or without context, MLP."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparx_jax.layers.conv import DepthwiseConv
-from sparx_jax.layers.mlp import ConvMlp
-from sparx_jax.layers.norm import ChannelAffine, GroupNorm
+from sparx_jax.layers.mlp import Mlp
+from sparx_jax.layers.norm import ChannelAffine, make_norm
 from sparx_jax.layers.stochastic import DropPath
 from sparx_jax.typing import Array, Float, Key
 
@@ -28,15 +29,19 @@ class Block(nnx.Module):
         mlp_dim: int,
         drop_path: float,
         scaled_residual: bool,
+        norm: Literal["group", "layer"] = "group",
+        position_conv: bool = True,
+        mlp_conv: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.position = DepthwiseConv(dim, 3, dtype=dtype, rngs=rngs)
-        self.mixer_norm = GroupNorm(dim)
+        make = dict(dtype=dtype, rngs=rngs)
+        self.position = DepthwiseConv(dim, 3, **make) if position_conv else None
+        self.mixer_norm = make_norm(norm, dim)
         self.project = project
         self.mixer = mixer
-        self.mlp_norm = GroupNorm(dim)
-        self.mlp = ConvMlp(dim, mlp_dim, dtype=dtype, rngs=rngs)
+        self.mlp_norm = make_norm(norm, dim)
+        self.mlp = Mlp(dim, mlp_dim, conv=mlp_conv, **make)
         self.mixer_residual = ChannelAffine(dim) if scaled_residual else None
         self.mlp_residual = ChannelAffine(dim) if scaled_residual else None
         self.drop_path = DropPath(drop_path)
@@ -48,7 +53,8 @@ class Block(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "b h w c"]:
         keys = (None, None) if key is None else jax.random.split(key)
-        x = x + self.position(x)
+        if self.position is not None:
+            x = x + self.position(x)
         h = self.mixer_norm(x)
         if context:
             h = self.project(h, jnp.concatenate(context, -1))

@@ -7,7 +7,8 @@ from typing import Literal
 
 from sparx_jax.checks import check_types, require
 from sparx_jax.errors import UserError
-from sparx_jax.models.wiring import LayerWiring, stage_wiring
+from sparx_jax.layers.aggregator import Fusion
+from sparx_jax.models.wiring import LayerWiring, densenet_wiring, stage_wiring
 from sparx_jax.ops.scan import ScanMethod
 
 NUM_STAGES = 4
@@ -17,8 +18,12 @@ NUM_STAGES = 4
 class ConnectorConfig:
     """Where the ganglion layers of the four stages stand and what they read."""
 
-    mode: Literal["sparx", "none"] = "sparx"
-    """`none` turns the connector off: every layer is a normal one."""
+    mode: Literal["sparx", "dense_ganglion", "densenet", "none"] = "sparx"
+    """`sparx`: by stride, start and window; `dense_ganglion`: every layer a ganglion,
+    no window; `densenet`: every layer reads all before it; `none`: none reads another.
+    In all modes a stage of stride 0 has no connector."""
+    fusion: Fusion = "dmca"
+    """How a ganglion fuses what it reads, see `layers.aggregator.make_fusion`."""
     stride: tuple[int, ...] = (0, 1, 1, 1)
     """Layers from one ganglion to the next; 0: the stage has none."""
     start: tuple[int, ...] = (0, 1, 0, 0)
@@ -34,9 +39,22 @@ class ModelConfig:
     depths: tuple[int, ...]
     """Layers of each of the four stages."""
     dims: tuple[int, ...]
-    """Channels of each stage, divisible by `attention_groups`."""
+    """Channels of each stage, divisible by `attention_groups` (and by `head_dim`)."""
+    mixer: Literal["ss2d", "window_attention"] = "ss2d"
+    """What mixes tokens: VMamba's selective scans or Swin's shifted windows."""
+    downsample: Literal["conv_batch_norm", "conv_layer_norm", "patch"] = (
+        "conv_batch_norm"
+    )
+    """Stem and steps between stages: 3 x 3 convolutions (SparX; VMamba) or patches of 4
+    and 2 pixels (Swin)."""
     stem_convs: int = 2
     """3 x 3 convolutions of the stem: 2 (the paper's v1) or 3 (v2)."""
+    norm: Literal["group", "layer"] = "group"
+    """In blocks and head: over the whole map (SparX) or per pixel (VMamba, Swin)."""
+    position_conv: bool = True
+    """A residual 3 x 3 depthwise convolution opens every block."""
+    mlp_conv: bool = True
+    """A residual 3 x 3 depthwise convolution in the feed-forward network."""
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     reductions: tuple[int, ...] = (8, 4, 2, 1)
     """Spatial reduction of query and key in the stages' aggregators: 1 or even."""
@@ -48,6 +66,16 @@ class ModelConfig:
     """Inner width of the selective-scan mixer over that of the stage."""
     state_dim: int = 1
     """States per inner channel of the recurrence."""
+    conv_size: int = 5
+    """Filter of the selective-scan mixer's depthwise convolution: odd."""
+    mixer_bias: bool = True
+    """Biases in the mixer's projections and convolution."""
+    window_size: int = 7
+    """Pixels along each side of an attention window."""
+    head_dim: int = 32
+    """Channels of an attention head; the width of a stage is a multiple of it."""
+    shifted_layers: Literal["odd", "even"] = "odd"
+    """Which layers of a stage, counted from 0, shift their windows."""
     scaled_residual_stages: tuple[int, ...] = (2, 3)
     """Stages (from 0) whose residual paths carry a learnable scale and bias."""
     drop_path_rate: float = 0.0
@@ -80,12 +108,21 @@ class ModelConfig:
         # The filters are one wider than their stride and must be odd.
         ok = all(v == 1 or v % 2 == 0 for v in self.reductions)
         _require("reductions", self.reductions, ok, "1 or even numbers")
-        for name in ("state_dim", "inner_ratio", "attention_groups", "in_channels"):
+        for name in (
+            *("state_dim", "inner_ratio", "attention_groups", "in_channels"),
+            *("window_size", "head_dim"),
+        ):
             value = getattr(self, name)
             _require(name, value, value >= 1, "at least 1")
         groups = self.attention_groups
         ok = all(dim % groups == 0 for dim in self.dims)
         _require("dims", self.dims, ok, f"divisible by attention_groups={groups}")
+        if self.mixer == "window_attention":
+            heads = self.head_dim
+            ok = all(dim % heads == 0 for dim in self.dims)
+            _require("dims", self.dims, ok, f"divisible by head_dim={heads}")
+        size = self.conv_size
+        _require("conv_size", size, size >= 1 and size % 2 == 1, "odd")
         ratio = self.mlp_ratio
         ok = math.isfinite(ratio) and all(int(ratio * dim) >= 1 for dim in self.dims)
         _require("mlp_ratio", ratio, ok, "positive, for a hidden width of at least 1")
@@ -104,14 +141,16 @@ class ModelConfig:
     def wiring(self, stage: int) -> tuple[LayerWiring, ...]:
         """The connector's table for `stage` (from 0)."""
         connector, depth = self.connector, self.depths[stage]
-        if connector.mode == "none":
+        stride, reads_input = connector.stride[stage], dict(reads_stage_input=stage > 0)
+        if connector.mode == "none" or stride == 0:
             return (LayerWiring(),) * depth
+        if connector.mode == "densenet":
+            return densenet_wiring(depth, **reads_input)
+        if connector.mode == "dense_ganglion":
+            return stage_wiring(depth, stride=1, start=0, window=None, **reads_input)
+        start, window = connector.start[stage], connector.window[stage]
         return stage_wiring(
-            depth,
-            stride=connector.stride[stage],
-            start=connector.start[stage],
-            window=connector.window[stage],
-            reads_stage_input=stage > 0,
+            depth, stride=stride, start=start, window=window, **reads_input
         )
 
     def replace(self, **overrides) -> "ModelConfig":

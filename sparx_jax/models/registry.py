@@ -8,8 +8,30 @@ from sparx_jax.errors import UserError
 from sparx_jax.models.backbone import Backbone
 from sparx_jax.models.config import ConnectorConfig, ModelConfig
 
-# Source of T, S, B: the authors' release, which the parity tests compare with.
+# A family is a skeleton and its mixer; a size is a few numbers.
+_SPARX_SWIN = dict(mixer="window_attention")
+_VMAMBA = dict(
+    downsample="conv_layer_norm",
+    norm="layer",
+    position_conv=False,
+    mlp_conv=False,
+    conv_size=3,
+    mixer_bias=False,
+    scaled_residual_stages=(),
+    connector=ConnectorConfig(mode="none"),
+)
+_SWIN = dict(
+    mixer="window_attention",
+    downsample="patch",
+    norm="layer",
+    position_conv=False,
+    mlp_conv=False,
+    scaled_residual_stages=(),
+    connector=ConnectorConfig(mode="none"),
+)
+
 VARIANTS: dict[str, ModelConfig] = {
+    # Source of T, S, B: the authors' release, which the parity tests compare with.
     "sparx_mamba_nano": ModelConfig(
         depths=(1, 2, 3, 1),
         dims=(32, 48, 80, 112),
@@ -32,6 +54,46 @@ VARIANTS: dict[str, ModelConfig] = {
         stem_convs=3,
         connector=ConnectorConfig(stride=(0, 1, 3, 2), start=(0, 1, 0, 2)),
     ),
+    # The sizes are ours: the authors have not released SparX-Swin.
+    "sparx_swin_nano": ModelConfig(
+        **_SPARX_SWIN,
+        depths=(1, 2, 3, 1),
+        dims=(32, 48, 80, 112),
+        head_dim=16,
+        connector=ConnectorConfig(stride=(0, 1, 2, 1)),
+    ),
+    "sparx_swin_t": ModelConfig(
+        **_SPARX_SWIN,
+        depths=(2, 2, 7, 2),
+        dims=(96, 192, 320, 512),
+        connector=ConnectorConfig(stride=(0, 1, 2, 1)),
+    ),
+    "sparx_swin_s": ModelConfig(
+        **_SPARX_SWIN,
+        depths=(2, 2, 18, 2),
+        dims=(96, 192, 320, 544),
+        stem_convs=3,
+        connector=ConnectorConfig(stride=(0, 1, 3, 1)),
+    ),
+    "sparx_swin_b": ModelConfig(
+        **_SPARX_SWIN,
+        depths=(2, 2, 20, 3),
+        dims=(128, 256, 416, 672),
+        stem_convs=3,
+        connector=ConnectorConfig(stride=(0, 1, 3, 2), start=(0, 1, 0, 2)),
+    ),
+    # Source: MzeroMiko/VMamba, the checkpoints s1l8, s2l15 and s2l15 of its README.
+    "vmamba_t": ModelConfig(
+        **_VMAMBA, depths=(2, 2, 8, 2), dims=(96, 192, 384, 768), inner_ratio=1
+    ),
+    "vmamba_s": ModelConfig(**_VMAMBA, depths=(2, 2, 15, 2), dims=(96, 192, 384, 768)),
+    "vmamba_b": ModelConfig(
+        **_VMAMBA, depths=(2, 2, 15, 2), dims=(128, 256, 512, 1024)
+    ),
+    # Source: Liu et al., "Swin Transformer", arXiv:2103.14030, table 7.
+    "swin_t": ModelConfig(**_SWIN, depths=(2, 2, 6, 2), dims=(96, 192, 384, 768)),
+    "swin_s": ModelConfig(**_SWIN, depths=(2, 2, 18, 2), dims=(96, 192, 384, 768)),
+    "swin_b": ModelConfig(**_SWIN, depths=(2, 2, 18, 2), dims=(128, 256, 512, 1024)),
 }
 
 

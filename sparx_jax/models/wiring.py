@@ -65,3 +65,15 @@ def stage_wiring(
         cross.append(index)
         inner = []
     return tuple(layers)
+
+
+def densenet_wiring(
+    depth: int, *, reads_stage_input: bool = True
+) -> tuple[LayerWiring, ...]:
+    """Every layer reads all that come before it, oldest first.
+
+    >>> [wiring.sources for wiring in densenet_wiring(3)]
+    [(-1,), (-1, 0), (-1, 0, 1)]
+    """
+    first = STAGE_INPUT if reads_stage_input else 0
+    return tuple(LayerWiring(tuple(range(first, index))) for index in range(depth))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sparx_jax.layers.conv import DepthwiseConv, GroupedPointwise, conv3x3, pointwise
-from sparx_jax.layers.mlp import ConvMlp
+from sparx_jax.layers.mlp import Mlp
 from sparx_jax.layers.patch import Downsample, Stem
 
 # float32 against float64: sums of at most 100 products of about unit size.
@@ -85,7 +85,7 @@ def test_depthwise_filters_each_channel(compiled, randomised, bias):
 
 
 def test_mlp_adds_its_depthwise_convolution_before_an_exact_gelu(compiled, randomised):
-    layer, x = randomised(ConvMlp(4, 6, **make())), draw(2, 5, 3, 4)
+    layer, x = randomised(Mlp(4, 6, conv=True, **make())), draw(2, 5, 3, 4)
     h = x @ value(layer.expand.kernel) + value(layer.expand.bias)
     h = gelu(h + depthwise(h, layer.conv))
     expected = h @ value(layer.reduce.kernel) + value(layer.reduce.bias)
@@ -118,7 +118,7 @@ def test_downsample_has_no_activation(compiled, randomised):
     [
         lambda **kw: GroupedPointwise(3, 6, 12, **kw),
         lambda **kw: DepthwiseConv(6, 3, **kw),
-        lambda **kw: ConvMlp(6, 12, **kw),
+        lambda **kw: Mlp(6, 12, conv=True, **kw),
     ],
 )
 def test_compute_dtype_is_bfloat16_and_parameters_stay_float32(compiled, layer):

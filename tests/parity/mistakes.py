@@ -1,7 +1,8 @@
 """Wiring mistakes, made by moving weights: the network itself stays compiled.
 
 Labels are those of `goldens/sensitivities.json`, where the reference made the same
-mistakes in its code.  Each function takes and returns arrays by torch name.
+mistakes in its code.  Each function takes and returns arrays by torch name; `WEIGHTS`
+holds them by model.
 """
 
 import numpy as np
@@ -73,7 +74,7 @@ def _swapped_halves(array):
     return np.concatenate(np.split(array, 2)[::-1])
 
 
-WEIGHTS = {
+_SPARX_MAMBA = {
     "scan directions ordered row, row-flip, col, col-flip": _directions(0, 2, 1, 3),
     "scan directions ordered col first": _directions(1, 0, 3, 2),
     "flipped directions swapped (row-flip <-> col-flip)": _directions(0, 1, 3, 2),
@@ -91,6 +92,31 @@ WEIGHTS = {
     "layer scale bias dropped": _constant(0, "layerscale_1.bias", "layerscale_2.bias"),
     "pos_embed conv without residual": _only("pos_embed", _without_identity),
     "MLP depthwise conv without residual": _only("mlp.dwconv", _without_identity),
+}
+
+
+def _rows_slowest(array):
+    """Of the 2 x 2 merged pixels, which lie column by column."""
+    merged = array.reshape(*array.shape[:-1], 2, 2, -1)
+    return merged.swapaxes(-3, -2).reshape(array.shape)
+
+
+_SWIN = {
+    "patch merging concatenates row offset slowest": _edit(
+        "downsample.norm.weight", "downsample.norm.bias", "downsample.reduction.weight"
+    )(_rows_slowest),
+    "relative position index transposed": _edit("relative_position_bias_table")(
+        lambda array: array[::-1]
+    ),
+}
+
+WEIGHTS = {
+    "sparx_mamba_t": _SPARX_MAMBA,
+    "swin_tiny_patch4_window7_224": _SWIN,
+    "vmambav2v_tiny_224": {
+        label: _SPARX_MAMBA[label]
+        for label in ["scan directions ordered row, row-flip, col, col-flip"]
+    },
 }
 
 # For the fast suite, the weakest first.

@@ -78,10 +78,17 @@ def weights(name: str) -> dict[str, np.ndarray]:
     return generate.state_dict(manifest(name))
 
 
+# What the reference calls the baselines.
+VARIANTS = {
+    "swin_tiny_patch4_window7_224": "swin_t",
+    "vmambav2v_tiny_224": "vmamba_t",
+}
+
+
 @functools.cache
 def empty_model(name: str, **overrides) -> Backbone:
     """The network without weights: every array is a shape."""
-    config = model_config(name, **overrides)
+    config = model_config(VARIANTS.get(name, name), **overrides)
     return nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0)))
 
 

@@ -1,4 +1,4 @@
-"""Whole networks: SparX-Mamba-T at three sizes, and its form for dense prediction."""
+"""Whole networks: SparX-Mamba-T at three sizes, its dense form, and the baselines."""
 
 import functools
 
@@ -24,20 +24,27 @@ from tests.parity.reference import (
 
 NAME = "sparx_mamba_t"
 SMALL, LARGE = "sparx_mamba_t_64x64", "sparx_mamba_t_224x224"
-SIZES = [
+SWIN, VMAMBA = "swin_tiny_patch4_window7_224", "vmambav2v_tiny_224"
+GOLDENS = [
     SMALL,
     pytest.param("sparx_mamba_t_256x192", marks=pytest.mark.slow),
     pytest.param(LARGE, marks=pytest.mark.slow),
+    f"{SWIN}_224x224",
+    pytest.param(f"{VMAMBA}_224x224", marks=pytest.mark.slow),
 ]
 
 
+def model_of(golden):
+    return golden.rpartition("_")[0]
+
+
 @functools.cache
-def state():
-    return load(empty_model(NAME), weights(NAME))
+def state(name):
+    return load(empty_model(name), weights(name))
 
 
-@jax.jit
-def forward(state, images):
+@functools.partial(jax.jit, static_argnums=0)
+def forward(name, state, images):
     """Logits and every stored intermediate of one ordinary call of the model."""
     seen = {}
 
@@ -46,7 +53,7 @@ def forward(state, images):
             seen.update({f"block{i}_{j}": x for j, x in enumerate(outputs)})
             seen[f"stage{i}"] = outputs[-1]
 
-    model = nnx.merge(nnx.graphdef(empty_model(NAME)), state)
+    model = nnx.merge(nnx.graphdef(empty_model(name)), state)
     tap(model, "stem", lambda _, out: seen.update(patch_embed=out))
     tap(model, "forward_layers", layers)
     tap(model, "head", lambda args, _: seen.update(pooled=args[0]))
@@ -60,16 +67,18 @@ def images(golden):
 
 @functools.cache
 def outputs(golden):
-    return {k: nchw(v) for k, v in forward(state(), images(golden)).items()}
+    name = model_of(golden)
+    found = forward(name, state(name), images(golden))
+    return {k: nchw(v) for k, v in found.items()}
 
 
-@pytest.mark.parametrize("golden", SIZES)
+@pytest.mark.parametrize("golden", GOLDENS)
 def test_logits_equal_the_authors_in_float64(golden, check):
     deviation = distance(outputs(golden)["logits"], arrays(golden)["logits_f64"])
     check(golden, "logits", {"logits": deviation})
 
 
-@pytest.mark.parametrize("golden", SIZES)
+@pytest.mark.parametrize("golden", GOLDENS)
 def test_every_layer_equals_the_authors(golden, check):
     about, deviations = facts(golden), {}
     stored = arrays(golden).keys() - {"logits", "logits_f64"}
@@ -83,7 +92,7 @@ def test_every_layer_equals_the_authors(golden, check):
         check(golden, limit, found)
 
 
-@pytest.mark.parametrize("golden", SIZES)
+@pytest.mark.parametrize("golden", GOLDENS)
 def test_probes_see_every_element_of_the_stages(golden, check):
     about = facts(golden)
     check(
@@ -122,20 +131,28 @@ def test_dense_outputs_equal_the_authors(check):
 
 def change(golden, mistake):
     """How much the logits move when `mistake` is made in the weights."""
-    wrong = load(empty_model(NAME), mistakes.WEIGHTS[mistake](weights(NAME)))
-    logits = forward(wrong, images(golden))["logits"]
+    name = model_of(golden)
+    wrong = load(empty_model(name), mistake(weights(name)))
+    logits = forward(name, wrong, images(golden))["logits"]
     return distance(logits, arrays(golden)["logits_f64"])
 
 
 @pytest.mark.parametrize("mistake", mistakes.SAMPLE)
 def test_limit_on_logits_catches(mistake):
-    assert change(SMALL, mistake) > 10 * LIMITS["logits"]
+    assert change(SMALL, mistakes.WEIGHTS[NAME][mistake]) > 10 * LIMITS["logits"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", mistakes.WEIGHTS)
-def test_mistake_has_the_same_effect_as_in_the_reference(mistake):
-    largest, _ = facts("sensitivities")[NAME][mistake]
+@pytest.mark.parametrize(
+    "name, mistake",
+    [
+        pytest.param(name, mistake, marks=() if name == SWIN else pytest.mark.slow)
+        for name, made in mistakes.WEIGHTS.items()
+        for mistake in made
+    ],
+)
+def test_mistake_has_the_same_effect_as_in_the_reference(name, mistake):
+    largest, _ = facts("sensitivities")[name][mistake]
     # Three digits are stored.  The reference compared with its float32 run.
     slack = 6e-3 * largest + LIMITS["logits"]
-    assert abs(change(LARGE, mistake) - largest) < slack
+    got = change(f"{name}_224x224", mistakes.WEIGHTS[name][mistake])
+    assert abs(got - largest) < slack

@@ -14,12 +14,16 @@ PARAMETERS = {
     "sparx_mamba_t": 27_051_794,
     "sparx_mamba_s": 47_444_712,
     "sparx_mamba_b": 83_536_168,
+    "swin_tiny_patch4_window7_224": 28_288_354,
+    "vmambav2v_tiny_224": 30_249_064,
 }
 large = pytest.mark.slow
 VARIANTS = [
     "sparx_mamba_t",
     pytest.param("sparx_mamba_s", marks=large),
     pytest.param("sparx_mamba_b", marks=large),
+    "swin_tiny_patch4_window7_224",
+    "vmambav2v_tiny_224",
 ]
 SEG_FORM = pytest.param("sparx_mamba_t_seg", marks=large)
 SEG = dict(num_classes=0, stage_norms=True)

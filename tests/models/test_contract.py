@@ -1,0 +1,198 @@
+"""What every model of the registry promises, whatever family, size and connector."""
+
+import functools
+import itertools
+from typing import get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparx_jax.interop.names import from_torch, to_torch
+from sparx_jax.models import Backbone, ConnectorConfig, list_models, model_config
+
+TOLERANCE = {
+    # Batches of another size are other compilations of the same arithmetic.
+    "compiled": 1e-5,
+    # 8 bits of storage through five layers, relative to the largest logit.
+    "bfloat16": 0.05,
+    # Size of a gradient that is zero, over the median size; others are above.
+    "zero": 1e-5,
+}
+HINTS = get_type_hints(ConnectorConfig)
+MODES, FUSIONS = get_args(HINTS["mode"]), get_args(HINTS["fusion"])
+SIZES = [(32, 32), (33, 47), (97, 131), (224, 160), (1024, 1000)]
+
+
+def thin(name, **overrides):
+    """Variant `name` with few narrow layers: what remains is what makes the family.
+
+    Widths are no multiples of three.  With one layer in every stage and start 0, stages
+    2 and 4 have ganglions and stages 1 and 3 have not.
+    """
+    config = model_config(name)
+    windows = config.mixer == "window_attention"
+    small = dict(
+        depths=(1, 2, 1, 1) if windows else (1, 1, 1, 1),  # one of two is shifted
+        dims=(8, 16, 32, 40),
+        reductions=(2, 2, 2, 1),
+        head_dim=8,
+        num_classes=5,
+        scan_method="loop",  # "auto" would trace every scan twice
+        connector=dict(stride=(0, 1, 0, 1), start=(0, 0, 0, 0)),
+    )
+    return config.replace(**small | overrides)
+
+
+# Sizes of a family differ in numbers only, so many thin forms are the same.
+THIN = {thin(name): name for name in reversed(list_models())}
+families = pytest.mark.parametrize("config", THIN, ids=THIN.values())
+
+
+@functools.cache
+def abstract(config):
+    return nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0)))
+
+
+@functools.cache
+def model(config):
+    """With unit-size weights: the initial ones let tiny networks fade to nothing."""
+    made = Backbone(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(5)
+    for path, variable in nnx.to_flat_state(nnx.state(made)):
+        shape, name = variable.shape, path[-1]
+        value = rng.standard_normal(shape)
+        if name == "kernel" or name.endswith("proj"):
+            value /= np.sqrt(np.prod(shape[:-1] if name == "kernel" else shape[-2]))
+        else:
+            value = 0.2 * value + (name in ("scale", "var", "skip"))
+            value = abs(value) + 0.1 if name == "var" else value
+        variable.set_value(jnp.asarray(value, jnp.float32))
+    return made
+
+
+def images(*shape):
+    return np.random.default_rng(1).standard_normal((*shape, 3)).astype(np.float32)
+
+
+@functools.cache
+def logits(config):
+    return np.asarray(model(config)(images(3, 64, 48)))
+
+
+def shapes(config):
+    leaves = nnx.to_flat_state(nnx.state(abstract(config), (nnx.Param, nnx.BatchStat)))
+    return {".".join(map(str, path)): variable.shape for path, variable in leaves}
+
+
+@families
+@pytest.mark.parametrize("size", SIZES)
+def test_features_have_the_declared_strides_and_widths(config, size):
+    made = abstract(config)
+    x = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    features = jax.eval_shape(made.forward_features, x)
+    declared = zip(features, made.feature_strides, made.feature_dims, strict=True)
+    for feature, stride, dim in declared:
+        assert feature.shape == (2, *(-(-side // stride) for side in size), dim)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_full_size_gives_logits_of_1000_classes_and_the_declared_maps(name):
+    made = abstract(model_config(name))
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    assert made.feature_dims == model_config(name).dims
+    assert jax.eval_shape(made, x).shape == (1, 1000)
+
+
+@families
+def test_without_classes_the_model_gives_what_the_classifier_reads(config):
+    headless = config.replace(num_classes=0)
+    given = nnx.state(model(config))
+    made = Backbone(headless, rngs=nnx.Rngs(0))
+    state = nnx.state(made)
+    for path, variable in nnx.to_flat_state(state):
+        variable.set_value(dict(nnx.to_flat_state(given))[path][...])
+    nnx.update(made, state)
+    pooled = np.asarray(made(images(3, 64, 48)))
+    head = model(config).head
+    expected = pooled @ np.asarray(head.kernel[...]) + np.asarray(head.bias[...])
+    assert pooled.shape == (3, config.dims[-1])
+    np.testing.assert_allclose(logits(config), expected, atol=TOLERANCE["compiled"])
+
+
+@families
+def test_evaluation_repeats_and_a_picture_does_not_see_its_batch(config):
+    again = np.asarray(model(config)(images(3, 64, 48)))
+    np.testing.assert_array_equal(again, logits(config))
+    alone = np.asarray(model(config)(images(3, 64, 48)[1:2]))
+    np.testing.assert_allclose(
+        alone, logits(config)[1:2], atol=TOLERANCE["compiled"], rtol=1e-5
+    )
+    assert np.abs(np.diff(logits(config), axis=0)).max() > 0.01
+
+
+@families
+def test_bfloat16_is_near_and_not_equal(config):
+    low = Backbone(config.replace(dtype="bfloat16"), rngs=nnx.Rngs(0))
+    nnx.update(low, nnx.state(model(config)))
+    got = low(images(3, 64, 48))
+    assert got.dtype == jnp.float32
+    error = np.abs(got - logits(config)).max() / np.abs(logits(config)).max()
+    assert 1e-5 < error < TOLERANCE["bfloat16"]
+
+
+@families
+def test_every_parameter_receives_gradient(config):
+    # Two pictures of 64: the last map has pixels enough to tell biases from shifts.
+    graphdef, params, stats = nnx.split(model(config), nnx.Param, nnx.BatchStat)
+    params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, x):
+        got = nnx.merge(graphdef, params, stats)(x)
+        return (got * jnp.sin(jnp.arange(got.size)).reshape(got.shape)).sum()
+
+    grads = nnx.to_flat_state(gradient(params, images(2, 64, 64)))
+    size = {".".join(map(str, path)): np.abs(grad).max() for path, grad in grads}
+    limit = TOLERANCE["zero"] * np.median(list(size.values()))
+    assert size.keys() == {path for path in shapes(config) if path_is_param(path)}
+    assert not {path for path in size if not size[path] > limit}
+
+
+def path_is_param(path):
+    return not path.endswith((".mean", ".var"))
+
+
+@families
+def test_torch_names_lead_back_to_the_same_arrays(config):
+    rng = np.random.default_rng(3)
+    arrays = {
+        path: rng.standard_normal(shape).astype(np.float32)
+        for path, shape in shapes(config).items()
+    }
+    exported = to_torch(arrays)
+    assert len(exported) == len(arrays)
+    returned = from_torch(exported, shapes(config))
+    assert returned.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(returned[path], array, err_msg=path)
+
+
+@pytest.mark.parametrize("mode, fusion", [*itertools.product(MODES, FUSIONS)])
+@pytest.mark.parametrize("name", ["sparx_mamba_nano", "swin_t", "vmamba_t"])
+def test_any_connector_fits_any_model(name, mode, fusion):
+    """It builds, runs, and its arrays have one torch name each."""
+    connector = dict(mode=mode, fusion=fusion)
+    config = thin(name, connector=connector, depths=(2, 2, 3, 2))
+    arrays = {p: np.zeros(shape) for p, shape in shapes(config).items()}
+    assert len(to_torch(arrays)) == len(arrays)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    assert jax.eval_shape(abstract(config), x).shape == (1, 5)
+    projections = {path for path in arrays if ".project." in path}
+    plain = {path for path in projections if path.endswith("project.kernel")}
+    ganglions = sum(w.is_ganglion for stage in range(4) for w in config.wiring(stage))
+    assert len(plain) == 9 - ganglions
+    assert (ganglions > 0) == (mode != "none")
