@@ -60,7 +60,7 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
         y = 0.9 + 0.36 * (row + 0.5) + 0.05
         _write(figure, 0.4, y, name, size=8.5, color=INK, width=left - 0.5)
         count = f"n = {len(top1)}" + f" of {planned}" * (len(top1) < planned)
-        text = f"{spread(top1)}   {count}"
+        text = f"{spread(top1)},  {count}"
         _write(figure, WIDTH - 2.0, y, text, size=8.5, color=INK)
     axes.set(ylim=(len(groups) - 0.5, -0.5), yticks=[])
     axes.xaxis.set_major_formatter("{x:,.6g}")
