@@ -24,6 +24,8 @@ ALLOWED = {
         *("typing", "errors", "checks"),
     },
     "plots": {"models", "errors"},
+    "plots_sweep": {"plots"},
+    "sweep": {"training", "plots_sweep", "errors"},
     "__init__": {"models", "interop"},
 }
 
@@ -32,6 +34,7 @@ FORBIDDEN_PACKAGES = {"tensorflow", "torch"}
 FORBIDDEN = {
     "data": {"jax", "flax", "optax", "orbax"},
     "plots": {"jax", "flax", "optax", "orbax"},
+    "plots_sweep": {"jax", "flax", "optax", "orbax"},
     "ops": {"flax", "optax", "orbax"},
     "layers": {"optax", "orbax"},
     "models": {"optax", "orbax"},

@@ -1,7 +1,8 @@
-"""What train.py and eval.py share: flags, one-sentence errors, exit codes."""
+"""What train.py, eval.py and sweeps share: flags, one-sentence errors, exit codes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,27 +46,50 @@ def run(main: Callable) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def load_config(words: Sequence[str]) -> ConfigDict:
+    """The settings that train.py takes from its flags `words`, --config=... first.
+
+    Raises UserError on a bad file, setting or value.
+    """
+    argv, values = ["train.py", *words], flags.FlagValues()
+    options = dict(lock_config=True, flag_values=values, sys_argv=argv)
+    config_flags.DEFINE_config_file("config", None, **options)
+    with _one_sentence(argv):
+        values(argv)
+        _check(values)
+    return values.config
+
+
 def _parse(argv):
     try:
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS["help"].value or flags.FLAGS["helpfull"].value:
+        with _one_sentence(argv):
+            rest = flags.FLAGS(argv)
+            if flags.FLAGS["help"].value or flags.FLAGS["helpfull"].value:
+                return rest
+            if len(rest) > 1:
+                raise UserError(
+                    f"unexpected argument {rest[1]!r}: give values with an equals "
+                    "sign, as in --config.use_ema=False."
+                )
+            for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
+                if not flag.present:
+                    raise UserError(f"--{name} is missing: give --{name}=...")
+            _check(flags.FLAGS)  # before any device is touched
             return rest
-        if len(rest) > 1:
-            raise UserError(
-                f"unexpected argument {rest[1]!r}: give values with an equals sign, as "
-                "in --config.use_ema=False."
-            )
-        for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
-            if not flag.present:
-                raise UserError(f"--{name} is missing: give --{name}=...")
-        _check_tuples()
-        from_config_dict(_CONFIG.value)  # before any device is touched
-        return rest
-    except (UserError, flags.Error, OSError) as error:
+    except UserError as error:
         _fail(error)
+
+
+@contextmanager
+def _one_sentence(argv):
+    try:
+        yield
+    except (flags.Error, OSError) as error:
+        raise UserError(str(error)) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # How ml_collections rejects a key or a value, here or in the config file.
-        _fail(_unknown_setting(argv) or f"bad configuration: {error}")
+        message = _unknown_setting(argv) or f"bad configuration: {error}"
+        raise UserError(message) from error
 
 
 def _unknown_setting(argv):
@@ -79,15 +103,15 @@ def _unknown_setting(argv):
     return None
 
 
-def _check_tuples():
-    """The flag library takes "(2,x)" for a tuple of one string."""
-    values = config_flags.get_override_values(flags.FLAGS["config"])
-    for key, value in values.items():
+def _check(values):
+    """Of parsed flags; the flag library takes "(2,x)" for a tuple of one string."""
+    for key, value in config_flags.get_override_values(values["config"]).items():
         if isinstance(value, tuple) and any(isinstance(v, str) for v in value):
             raise UserError(
                 f"--config.{key}={''.join(map(str, value))} is not a tuple of numbers: "
                 "write it as (2,2,7,2)."
             )
+    from_config_dict(values["config"].value)
 
 
 def _fail(error) -> NoReturn:

@@ -79,7 +79,7 @@ def _train(setup, workdir, checkpoints, watch):
         config.model, optimizer, seed=config.seed, use_ema=config.use_ema, mesh=mesh
     )
     num_params = sum(array.size for array in state.weights.params.values())
-    _write_config(workdir, config)
+    _write_config(workdir, config, num_params)
     start = checkpoints.latest_step() or 0
     if start:
         state = checkpoints.restore(start, state, as_dict(config)["model"])
@@ -233,11 +233,12 @@ def _make_folder(workdir):
         ) from error
 
 
-def _write_config(workdir, config):
+def _write_config(workdir, config, num_params):
     if jax.process_index() == 0:
         versions = {name: version(name) for name in PACKAGES}
         content = {
             "config": as_dict(config),
+            "parameters": num_params,
             "versions": versions | {"python": platform.python_version()},
             "devices": [str(device) for device in jax.devices()],
         }

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.flatten_util import ravel_pytree
@@ -48,11 +49,12 @@ def train_step(
     config: Config,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    seed: Array,
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
     """One update of weights, statistics, moments and moving average."""
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
     images = normalize(batch["image"], config.data.mean, config.data.std)
 
     def loss_and_stats(params):
@@ -109,12 +111,14 @@ def compile_train_step(
 ) -> Any:
     """`(state, batch) -> (state, metrics)`; the old state's memory is reused."""
     shardings = state_shardings(state, mesh)
-    return jax.jit(
+    step = jax.jit(
         partial(train_step, network.train, config, optimizer, schedule),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=1,
     )
+    # An argument, not a constant: runs that differ in the seed share what is compiled.
+    return partial(step, np.uint32(config.seed % 2**32))
 
 
 def compile_eval_step(

@@ -1,10 +1,12 @@
 """Laws of whole runs: resuming, checkpoints, evaluation, what stands in the files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sparx_jax import sweep
 from sparx_jax.errors import UserError
 from sparx_jax.training import loop
 from sparx_jax.training.checkpoint import Checkpoints
@@ -173,3 +175,15 @@ def test_the_report_is_a_picture(finished):
 
     with Image.open(f"{finished}/report.png") as picture:
         assert min(picture.size) > 500
+
+
+def test_a_sweep_knows_a_finished_run_from_its_files(finished, run):
+    point = sweep.Point({}, Path(finished), [], tiny_settings())
+    last = read_metrics(finished)[-1]
+    found = sweep.result(point)
+    assert (found.top1, found.raw_top1) == (last["top1"], last["raw_top1"])
+    params = run.init().weights.params.values()
+    assert found.parameters == sum(array.size for array in params)
+    longer = tiny_settings(train_epochs=0.2)
+    with pytest.raises(UserError, match=r"train_epochs=0\.13 there, 0\.2 here"):
+        sweep.result(point._replace(settings=longer))

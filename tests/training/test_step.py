@@ -1,5 +1,7 @@
 """Laws of the training and evaluation steps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,12 @@ from scipy.special import log_softmax
 
 from sparx_jax import models
 from sparx_jax.training import state as states
-from sparx_jax.training.step import cross_entropy, normalize, train_step
+from sparx_jax.training.step import (
+    compile_train_step,
+    cross_entropy,
+    normalize,
+    train_step,
+)
 from tests.training.conftest import digest
 
 
@@ -71,7 +78,22 @@ def test_training_traces_once_and_reuses_the_memory_of_the_state(run, batch):
     for _ in range(2):
         state, _ = run.train_step(state, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start))
-    assert run.train_step._cache_size() == 1
+    assert run.train_step.func._cache_size() == 1
+
+
+def test_runs_that_differ_in_the_seed_compile_to_the_same_program(run, batch):
+    """So a sweep over seeds compiles once."""
+    config, state = run.config, run.init()
+    network = states.split(models.build(config.model, 0))[0]
+
+    def program(seed):
+        changed = dataclasses.replace(config, seed=seed)
+        step = compile_train_step(
+            network, changed, run.optimizer, run.schedule, state, run.setup.mesh
+        )
+        return step.func.lower(*step.args, state, batch).as_text()
+
+    assert program(0) == program(2)
 
 
 def test_without_average_the_state_has_none(run, batch):
@@ -81,6 +103,7 @@ def test_without_average_the_state_has_none(run, batch):
         run.config,
         run.optimizer,
         run.schedule,
+        np.uint32(0),
         s,
         batch,
     )

@@ -1,0 +1,354 @@
+"""Trains every point of a grid of settings and compares the results.
+
+python -m sparx_jax.sweep --config=configs/digits.py --workdir=runs/lr \\
+    --sweep seed=0,1,2 --sweep optimizer.lr=1e-3,4e-3
+
+Every point is a run of train.py in its own folder of --workdir; the key of the last
+--sweep changes fastest.  The key `variant` is the argument of the config file, the key
+`seed` counts as repetition, `--config.KEY=VALUE` holds for all points.  The same
+command goes on where it was stopped.  At the end, and with --report_only at any time,
+the results are printed and stand in results.md, results.csv (every run), results.png.
+"""
+
+import ast
+import csv
+import itertools
+import json
+import os
+import queue
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sparx_jax.errors import UserError
+from sparx_jax.training import cli
+from sparx_jax.training.config import as_dict, from_config_dict
+from sparx_jax.training.logging import duration, read_metrics, say
+from sparx_jax.training.loop import plan
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+
+_SWEEP = flags.DEFINE_multi_string(
+    "sweep", [], "KEY=VALUE,VALUE: values of one setting; repeated: their product."
+)
+_JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Points trained at the same time, each on its share of the CPU cores.", 1
+)
+_INDEX = flags.DEFINE_integer("index", None, "Train this point alone; no report.", 0)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the points and their commands.")
+_REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Train nothing.")
+
+
+class Point(NamedTuple):
+    """One combination of values."""
+
+    values: dict[str, str]
+    """As written on the command line, by key."""
+    folder: Path
+    """Its --workdir, called by its values, such as "lr=0.001,seed=0"."""
+    words: list[str]
+    """The flags of train.py that make its settings."""
+    settings: ConfigDict
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it."""
+        return [sys.executable, str(TRAIN), *self.words, f"--workdir={self.folder}"]
+
+
+class Result(NamedTuple):
+    """A finished run; accuracies in percent."""
+
+    top1: float
+    """After the last step, of the average if one is kept."""
+    best_top1: float
+    """The highest of all evaluations; picked on the test pictures, so it flatters."""
+    raw_top1: float | None
+    """After the last step without the average; None if none is kept."""
+    parameters: int
+    seconds: float | None
+    """In train.py, all starts together; None if not started by a sweep."""
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """The values by key; commas inside of brackets separate nothing.
+
+    >>> parse_grid(["seed=0,1", "model.depths=(1,1,2,1),(1,1,3,1)"])
+    {'seed': ['0', '1'], 'model.depths': ['(1,1,2,1)', '(1,1,3,1)']}
+    """
+    grid = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        grid_values = re.split(r",(?![^(\[]*[)\]])", values)
+        if not key or not all(grid_values):
+            raise UserError(f"--sweep {text} must have the form KEY=VALUE,VALUE.")
+        if key in grid:
+            raise UserError(f"--sweep names {key} twice: give all its values at once.")
+        grid[key] = grid_values
+    if not grid:
+        raise UserError("--sweep is missing: give --sweep KEY=VALUE,VALUE.")
+    return grid
+
+
+def make_points(
+    config: str, fixed: dict[str, object], grid: dict[str, list[str]], workdir: str
+) -> list[Point]:
+    """All points of `grid`, their settings validated.
+
+    Args:
+      config: the config file, with its argument after a colon if it has one.
+      fixed: settings of all points by dotted key.
+      grid: see `parse_grid`.
+      workdir: the folder of their folders.
+
+    Raises UserError on a bad setting or value, or on points that are the same.
+    """
+    for key in grid.keys() & fixed.keys():
+        raise UserError(f"{key} is both swept and set by --config.{key}: drop one.")
+    if "variant" in grid and ":" in config:
+        raise UserError(f"variant is both swept and given in --config={config}.")
+    points = {}
+    for combination in itertools.product(*grid.values()):
+        values = dict(zip(grid, combination, strict=True))
+        settings = fixed | values
+        file = ":".join([config, *filter(None, [settings.pop("variant", None)])])
+        words = [f"--config={file}"]
+        words += [f"--config.{key}={value}" for key, value in settings.items()]
+        name = _name(values, grid)
+        if name in points:
+            raise UserError(f"--sweep has two points {name}: give each value once.")
+        points[name] = Point(
+            values, Path(workdir) / name, words, cli.load_config(words)
+        )
+    return list(points.values())
+
+
+def _name(values, grid):
+    """Keys by their last part where that is enough, such as "lr=0.001,seed=0"."""
+    last = [key.rpartition(".")[2] for key in grid]
+    return ",".join(
+        f"{short if last.count(short) == 1 else key}={_safe(values[key])}"
+        for key, short in zip(grid, last, strict=True)
+        if key in values
+    )
+
+
+def _safe(text):
+    """For file names; numbers in one spelling, so that 1e-3 is 0.001."""
+    with suppress(ValueError, SyntaxError):
+        text = repr(ast.literal_eval(text))
+    return re.sub(r"[^\w.+-]+", "-", text.strip("()[]'\" "))
+
+
+def result(point: Point) -> Result | None:
+    """That of a run which has saved the checkpoint of its last step, else None.
+
+    Raises UserError if the folder holds a run with other settings.
+    """
+    evaluations = [r for r in read_metrics(str(point.folder)) if "top1" in r]
+    if not (point.folder / "config.json").exists():
+        return None
+    about = json.loads((point.folder / "config.json").read_text())
+    config = from_config_dict(
+        point.settings, num_classes=about["config"]["model"]["num_classes"]
+    )
+    _check_settings(point, about["config"], json.loads(json.dumps(as_dict(config))))
+    if not evaluations:
+        return None
+    last = evaluations[-1]
+    examples = round(last["step"] / last["epoch"] * config.batch_size)
+    saved = point.folder / "checkpoints" / str(last["step"])
+    if last["step"] < plan(config, examples).total_steps or not saved.is_dir():
+        return None
+    timing = point.folder / "seconds.txt"
+    return Result(
+        last["top1"],
+        max(record["top1"] for record in evaluations),
+        last.get("raw_top1"),
+        about["parameters"],
+        float(timing.read_text()) if timing.exists() else None,
+    )
+
+
+def _check_settings(point, there, here):
+    there, here = _flat(there), _flat(here)
+    differing = [
+        f"{key}={value!r} there, {here.get(key)!r} here"
+        for key, value in there.items()
+        if value != here.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{point.folder} holds a run with other settings: {'; '.join(differing)}; "
+            "give another --workdir."
+        )
+
+
+def _flat(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
+    """Trains the points that are not finished, `jobs` at a time; returns the failed."""
+    todo = []
+    for point in points:
+        if result(point):
+            say(f"{point.folder.name}: finished before")
+        else:
+            todo.append(point)
+    shares = queue.SimpleQueue()
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        cores = sorted(os.sched_getaffinity(0))
+        for job in range(jobs):
+            shares.put(cores[job::jobs] or [cores[job % len(cores)]])
+
+    def pin():
+        # Of this thread, from which the processes it starts inherit it.
+        if not shares.empty():
+            os.sched_setaffinity(0, shares.get())
+
+    pool = ThreadPoolExecutor(jobs, initializer=pin)
+    try:
+        succeeded = list(pool.map(_train, todo))
+    finally:  # after Ctrl-C, too: start no others
+        pool.shutdown(cancel_futures=True)
+    return [point for point, ok in zip(todo, succeeded, strict=True) if not ok]
+
+
+def _train(point):
+    """Whether train.py ended well; what it prints goes to train.log."""
+    start = time.perf_counter()
+    point.folder.mkdir(parents=True, exist_ok=True)
+    log = point.folder / "train.log"
+    say(f"{point.folder.name}: training, see {log}")
+    with log.open("a") as file:
+        options = dict(stdout=file, stderr=subprocess.STDOUT)
+        code = subprocess.run(point.command, **options).returncode
+    seconds = time.perf_counter() - start
+    timing = point.folder / "seconds.txt"
+    before = float(timing.read_text()) if timing.exists() else 0.0
+    timing.write_text(f"{before + seconds:.1f}\n")
+    if code:
+        last = (log.read_text().splitlines() or ["it printed nothing"])[-1]
+        say(f"{point.folder.name}: FAILED with exit code {code}: {last}")
+    else:
+        say(f"{point.folder.name}: finished after {duration(seconds)}")
+    return code == 0
+
+
+def write_results(
+    points: Sequence[Point], grid: dict[str, list[str]], workdir: str
+) -> str:
+    """Writes results.md, .csv and .png; returns the table."""
+    from sparx_jax.plots_sweep import Group, spread, write_sweep
+
+    results = [result(point) for point in points]
+    groups = {}
+    for point, found in zip(points, results, strict=True):
+        rest = {k: v for k, v in point.values.items() if k != "seed"}
+        groups.setdefault(_name(rest, grid) or "all", []).append(found)
+    header = ["point", "n", "top-1", "single runs", "best", "raw", "parameters", "s"]
+    rows, pictured = [], []
+    for name, members in groups.items():
+        found = [member for member in members if member]
+
+        def column(field, found=found):
+            values = [getattr(member, field) for member in found]
+            return [value for value in values if value is not None]
+
+        top1, seconds = column("top1"), column("seconds")
+        pictured.append(Group(name, len(members), top1))
+        rows.append(
+            [
+                name,
+                f"{len(found)} of {len(members)}",
+                spread(top1),
+                " ".join(f"{value:.2f}" for value in top1),
+                spread(column("best_top1")),
+                spread(column("raw_top1")),
+                f"{found[0].parameters:,}" if found else "",
+                f"{mean(seconds):,.0f}" if seconds else "",
+            ]
+        )
+    table = _table(header, rows)
+    folder = Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.md").write_text(
+        f"# {folder.name}\n\n{table}\n\nTop-1 in percent after the last step, of the "
+        "moving average of the weights where one is kept; raw: without it.  Mean ± "
+        "standard deviation (n - 1) over n finished runs of those planned.  best: the "
+        "highest evaluation of each run; picked on the test pictures, so it flatters.  "
+        "s: seconds of train.py.\n"
+    )
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*grid, "folder", "finished", *Result._fields])
+        for point, found in zip(points, results, strict=True):
+            cells = found or [""] * len(Result._fields)
+            writer.writerow(
+                [*point.values.values(), point.folder.name, bool(found), *cells]
+            )
+    write_sweep(folder / "results.png", pictured, folder.name)
+    return table
+
+
+def _table(header, rows):
+    """Markdown whose columns also align as plain text."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
+
+
+def main(config: ConfigDict, workdir: str) -> None:
+    """What the flags say; exits with 1 if a point failed."""
+    del config  # that of no point
+    flag = flags.FLAGS["config"]
+    grid = parse_grid(_SWEEP.value)
+    points = make_points(
+        config_flags.get_config_filename(flag),
+        config_flags.get_override_values(flag),
+        grid,
+        workdir,
+    )
+    if (index := _INDEX.value) is not None and index >= len(points):
+        raise UserError(f"--index={index} must be below the {len(points)} points.")
+    chosen = points if index is None else [points[index]]
+    if _DRY_RUN.value:
+        for number, point in enumerate(points):
+            if point in chosen:
+                say(f"{number} {point.folder.name}\n  {shlex.join(point.command)}")
+        return
+    for point in points:
+        result(point)  # other settings in any folder are told before training
+    failed = [] if _REPORT_ONLY.value else train_all(chosen, _JOBS.value)
+    if index is None:
+        say(write_results(points, grid, workdir))
+        say(f"{workdir}/results.md, results.csv and results.png hold the results")
+    if failed:
+        names = ", ".join(point.folder.name for point in failed)
+        say(f"FAILED: {names}; the same command tries them again")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

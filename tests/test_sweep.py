@@ -1,0 +1,258 @@
+"""Laws of sweeps: the grid, names, what is skipped, what a failure does, the table."""
+
+import csv
+import json
+import statistics
+
+import pytest
+from PIL import Image
+
+from sparx_jax import sweep
+from sparx_jax.errors import UserError
+from sparx_jax.plots_sweep import spread
+from sparx_jax.training.config import as_dict, from_config_dict
+from tests.test_cli import ROOT
+
+# ml_collections loads config files in a way that Python is about to drop.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+DIGITS = str(ROOT / "configs/digits.py")
+STRIDES = "model.connector.stride=(0,1,1,1),(0,1,2,1)"
+
+
+def points_of(tmp_path, *sweeps, fixed=(), config=DIGITS):
+    grid = sweep.parse_grid(sweeps)
+    return sweep.make_points(config, dict(fixed), grid, str(tmp_path)), grid
+
+
+def fabricate(point, folder, *top1, step=360, **about):
+    """What train.py leaves of a run whose last evaluation is after `step` of 359."""
+    (folder / f"checkpoints/{step}").mkdir(parents=True)
+    config = as_dict(from_config_dict(point.settings, num_classes=10))
+    content = {"config": config, "parameters": 878_486} | about
+    (folder / "config.json").write_text(json.dumps(content))
+    steps = [step * (i + 1) // len(top1) for i in range(len(top1))]
+    records = [
+        {"step": s, "epoch": s * 64 / 1437, "top1": t, "raw_top1": t - 1}
+        for s, t in zip(steps, top1, strict=True)
+    ]
+    losses = [{"step": s, "epoch": s * 64 / 1437, "train_loss": 1.0} for s in steps]
+    lines = [json.dumps(r) + "\n" for pair in zip(losses, records) for r in pair]  # noqa: B905
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_the_grid_is_the_product_and_the_last_key_changes_fastest(tmp_path):
+    points, _ = points_of(tmp_path, "seed=0,1", STRIDES)
+    assert [tuple(point.values.values()) for point in points] == [
+        ("0", "(0,1,1,1)"),
+        ("0", "(0,1,2,1)"),
+        ("1", "(0,1,1,1)"),
+        ("1", "(0,1,2,1)"),
+    ]
+    assert points[3].settings.seed == 1
+    assert points[3].settings.model.connector.stride == (0, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "sweeps, name",
+    [
+        (["optimizer.lr=1e-3", "seed=0"], "lr=0.001,seed=0"),
+        (["optimizer.lr=1E-5"], "lr=1e-05"),
+        ([STRIDES], "stride=0-1-1-1"),
+        (["model.name=sparx_mamba_nano"], "name=sparx_mamba_nano"),
+        (
+            ["model.name=sparx_mamba_t", "data.name=folder"],
+            "model.name=sparx_mamba_t,data.name=folder",
+        ),
+        (["data.root=/a b/c"], "root=-a-b-c"),
+        (["use_ema=False"], "use_ema=False"),
+    ],
+)
+def test_a_folder_is_called_by_its_values_in_safe_characters(tmp_path, sweeps, name):
+    points, _ = points_of(tmp_path, *sweeps)
+    assert points[0].folder == tmp_path / name
+
+
+def test_the_command_gives_the_settings_that_were_validated(tmp_path):
+    fixed = {"train_epochs": 2.0, "optimizer.warmup_epochs": 0.5}
+    (point,), _ = points_of(tmp_path, "seed=3", fixed=fixed)
+    assert point.command[1:] == [
+        str(ROOT / "train.py"),
+        f"--config={DIGITS}",
+        "--config.train_epochs=2.0",
+        "--config.optimizer.warmup_epochs=0.5",
+        "--config.seed=3",
+        f"--workdir={tmp_path}/seed=3",
+    ]
+    assert point.settings.train_epochs == 2.0 and point.settings.seed == 3
+
+
+def test_variant_is_the_argument_of_the_config_file(tmp_path):
+    file = tmp_path / "config.py"
+    text = (ROOT / "configs/digits.py").read_text()
+    text = text.replace("get_config()", "get_config(variant)")
+    file.write_text(text.replace("= 64\n", "= int(variant)\n"))
+    points, _ = points_of(tmp_path, "variant=32,16", config=str(file))
+    assert [point.settings.batch_size for point in points] == [32, 16]
+    assert points[1].words == [f"--config={file}:16"]
+    assert points[1].folder.name == "variant=16"
+    with pytest.raises(UserError, match="variant is both swept and given"):
+        points_of(tmp_path, "variant=32", config=f"{file}:16")
+
+
+@pytest.mark.parametrize(
+    "sweeps, fixed, sentence",
+    [
+        ([], {}, "--sweep is missing"),
+        (["seed"], {}, "--sweep seed must have the form"),
+        (["seed=0,"], {}, "--sweep seed=0, must have the form"),
+        (["seed=0", "seed=1"], {}, "names seed twice"),
+        (["optimizer.lr=1e-3,0.001"], {}, "two points lr=0.001"),
+        (["seed=0"], {"seed": 1}, "seed is both swept and set by --config.seed"),
+        (["optimizer.rate=1"], {}, "unknown setting config.optimizer.rate"),
+        (["batch_size=8,abc"], {}, "batch_size=abc"),
+        (["label_smoothing=0.1,1.5"], {}, "label_smoothing=1.5 must be"),
+        (["model.depths=(1,1,1,1),(1,1)"], {}, r"depths=\(1, 1\)"),
+        (["model.depths=(1,x,1,1)"], {}, "not a tuple of numbers"),
+    ],
+)
+def test_a_bad_grid_is_told_before_anything_starts(tmp_path, sweeps, fixed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        points_of(tmp_path, *sweeps, fixed=fixed)
+
+
+def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path):
+    points, _ = points_of(tmp_path, "seed=0,1,2,3")
+    done, half, unsaved, absent = points
+    fabricate(done, done.folder, 90.0, 80.0, step=359)
+    (done.folder / "seconds.txt").write_text("12.5\n")
+    fabricate(half, half.folder, 70.0, step=180)
+    fabricate(unsaved, unsaved.folder, 70.0, step=359)
+    (unsaved.folder / "checkpoints/359").rename(unsaved.folder / "checkpoints/359.tmp")
+    assert sweep.result(done) == (80.0, 90.0, 79.0, 878_486, 12.5)
+    assert [sweep.result(p) for p in (half, unsaved, absent)] == [None] * 3
+
+
+def test_a_run_with_other_settings_is_not_taken_for_a_point(tmp_path):
+    (point,), _ = points_of(tmp_path, "seed=0")
+    fabricate(point, point.folder, 90.0, step=359)
+    (other,), _ = points_of(tmp_path, "seed=0", fixed={"batch_size": 32})
+    with pytest.raises(UserError, match="other settings: batch_size=64 there, 32 here"):
+        sweep.result(other)
+
+
+@pytest.fixture
+def trainer(tmp_path, monkeypatch):
+    """A train.py that fails for seed 1, and otherwise moves a made-up run in place."""
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import os, pathlib, shutil, sys\n"
+        "work = pathlib.Path(sys.argv[-1].partition('=')[2])\n"
+        "print('cores', len(os.sched_getaffinity(0)))\n"
+        "if work.name == 'seed=1': sys.exit('error: no luck')\n"
+        f"shutil.copytree('{tmp_path}/made/' + work.name, work, dirs_exist_ok=True)\n"
+    )
+    monkeypatch.setattr(sweep, "TRAIN", program)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failing_point_stops_no_other_and_is_tried_again(
+    tmp_path, trainer, capsys, jobs
+):
+    points, _ = points_of(tmp_path / "runs", "seed=0,1,2")
+    for point in points:
+        made = tmp_path / "made" / point.folder.name
+        fabricate(point, made, 90.0, step=359)
+    failed = sweep.train_all(points, jobs)
+    assert [point.folder.name for point in failed] == ["seed=1"]
+    assert [bool(sweep.result(point)) for point in points] == [True, False, True]
+    assert "seed=1: FAILED with exit code 1: error: no luck" in capsys.readouterr().out
+    again = sweep.train_all(points, jobs)
+    out = capsys.readouterr().out
+    assert again == failed and "seed=0: finished before" in out
+    assert out.count("training, see") == 1
+    logs = [(point.folder / "train.log").read_text() for point in points]
+    assert logs[1].count("no luck") == 2 and logs[0].count("cores") == 1
+
+
+def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):
+    points, grid = points_of(tmp_path, "seed=0,1,2", "optimizer.lr=1e-3,4e-3")
+    tops = {"lr=0.001": (90.0, 92.0, 97.0), "lr=0.004": (80.0,)}
+    for point in points:
+        seed, group = (
+            int(point.values["seed"]),
+            sweep._name({"optimizer.lr": point.values["optimizer.lr"]}, grid),
+        )
+        if seed < len(tops[group]):
+            fabricate(point, point.folder, 98.0, tops[group][seed], step=359)
+    table = sweep.write_results(points, grid, str(tmp_path)).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    sd = statistics.stdev(tops["lr=0.001"])
+    assert cells[2][:5] == [
+        "lr=0.001", "3 of 3", f"93.00 ± {sd:.2f}", "90.00 92.00 97.00", "98.00 ± 0.00",
+    ]  # fmt: skip
+    assert cells[2][5:] == [f"92.00 ± {sd:.2f}", "878,486", ""]
+    assert cells[3][:4] == ["lr=0.004", "1 of 3", "80.00", "80.00"]
+    assert "\n".join(table) in (tmp_path / "results.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert len(rows) == 6 and rows[0]["top1"] == "90.0" and rows[0]["seed"] == "0"
+    assert [row["finished"] for row in rows].count("True") == 4
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_report_without_any_finished_run_says_so(tmp_path):
+    points, grid = points_of(tmp_path, "seed=0,1")
+    assert "| all   | 0 of 2 | –" in sweep.write_results(points, grid, str(tmp_path))  # noqa: RUF001
+
+
+def test_the_deviation_is_that_of_a_sample():
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41" and spread([2.0]) == "2.00"
+
+
+def run_main(tmp_path, monkeypatch, *words):
+    """The program in this process, its flags freshly parsed."""
+    argv = ["sweep", f"--config={DIGITS}", f"--workdir={tmp_path}/runs", *words]
+    monkeypatch.setattr("sys.argv", argv)
+    flags = sweep.flags.FLAGS
+    saved = {name: flags[name].default for name in flags}
+    flags(argv)
+    try:
+        sweep.main(None, f"{tmp_path}/runs")
+    finally:
+        for name in ("sweep", "jobs", "index", "dry_run", "report_only"):
+            flags[name].unparse()
+            flags[name].value = saved[name]
+
+
+@pytest.mark.parametrize("index, shown", [([], 3), (["--index=1"], 1)])
+def test_a_dry_run_prints_commands_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys, index, shown
+):
+    run_main(tmp_path, monkeypatch, "--sweep=seed=0,1,2", "--dry_run", *index)
+    out = capsys.readouterr().out
+    assert out.count("train.py --config=") == shown
+    assert "1 seed=1\n" in out and "--config.seed=1 --workdir=" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_index_beyond_the_points_is_told(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--index=3 must be below the 3 points"):
+        run_main(tmp_path, monkeypatch, "--sweep=seed=0,1,2", "--index=3")
+
+
+def test_an_index_trains_that_point_alone(tmp_path, trainer, monkeypatch):
+    points, _ = points_of(tmp_path / "runs", "seed=0,1,2")
+    fabricate(points[2], tmp_path / "made/seed=2", 90.0, step=359)
+    run_main(tmp_path, monkeypatch, "--sweep=seed=0,1,2", "--index=2")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["seed=2"]
+
+
+def test_a_sweep_with_a_failure_reports_and_exits_with_1(
+    tmp_path, trainer, monkeypatch, capsys
+):
+    with pytest.raises(SystemExit, match="1"):
+        run_main(tmp_path, monkeypatch, "--sweep=seed=1")
+    out = capsys.readouterr().out
+    assert "0 of 1" in out and "FAILED: seed=1" in out
+    run_main(tmp_path, monkeypatch, "--sweep=seed=1", "--report_only")
+    assert "0 of 1" in capsys.readouterr().out
