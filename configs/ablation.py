@@ -5,7 +5,8 @@ have equally many parameters within 1 %: what a connector costs, the others spen
 width.  Only stage 3 has a connector, over seven layers as in SparX-Mamba-T.
 Data: ROOT/train/<class>/*.png and ROOT/test/<class>/*.png, or .jpg.
 
-All 24 runs, made for about an hour on 2 CPU cores:
+All 24 runs; by estimate an hour on 2 free CPU cores.  Run so far: mamba_sparx, seed 0,
+with 53.51 % (raw weights 53.46 %) after its two epochs.
 
 python -m sparx_jax.sweep --config=configs/ablation.py --workdir=runs/ablation \\
     --config.data.root=ROOT --jobs=2 --sweep seed=0,1,2 --sweep \\
@@ -63,7 +64,7 @@ def get_config(variant="mamba_sparx"):
     config.train_epochs = 2.0
     config.eval_every_epochs = 1000.0  # at the end only
     config.log_every_steps = 50
-    config.optimizer.lr = 4e-3
+    config.optimizer.lr = 8e-3
     config.optimizer.warmup_epochs = 0.2
     config.ema_decay = 0.98
     return config
