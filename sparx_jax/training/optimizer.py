@@ -13,6 +13,7 @@ from sparx_jax.training.config import OptimizerConfig
 WEIGHT_DECAY_RULES = (
     (r"_residual\.scale$", True),
     (r"\.(bias|scale|skip)$", False),
+    (r"\.position_bias$", False),  # exempt in Swin's trainer
     (r"\.(kernel|x_proj|dt_proj|dt_bias|a_log)$", True),
 )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from sparx_jax import create_model
+from sparx_jax import create_model, list_models
 from sparx_jax.interop.names import torch_name
 from sparx_jax.training import state as states
 from sparx_jax.training.config import OptimizerConfig
@@ -70,6 +71,19 @@ def test_weight_decay_acts_on_what_the_authors_trainer_decays():
         name = torch_name(path)
         expected = len(shapes[name]) > 1 and not name.endswith(".bias")
         assert is_decayed(path) == expected, path
+
+
+@pytest.mark.parametrize("name", list_models("*_t"))
+def test_every_parameter_of_every_family_has_a_rule(name):
+    for fusion in ("dmca", "dmca_spatial", "concat"):
+        connector = dict(mode="densenet", fusion=fusion)
+        model = nnx.eval_shape(lambda c=connector: create_model(name, connector=c))
+        for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            assert is_decayed(".".join(map(str, path))) in (True, False)
+
+
+def test_swins_position_biases_are_not_decayed():
+    assert not is_decayed("stages.0.blocks.1.mixer.position_bias")
 
 
 def test_a_parameter_without_rule_is_an_error():
