@@ -37,6 +37,8 @@ DIMS = {
     "swin_dense_ganglion": (16, 40, 40, 72),  # 429,405
     "swin_densenet": (16, 24, 40, 72),  # 430,235
 }
+# One for a family, whatever its connector.  Not tuned beyond a first trial of SparX-Mamba.
+LR = {"mamba": 8e-3, "swin": 3e-3}
 
 
 def get_config(variant="mamba_sparx"):
@@ -64,7 +66,7 @@ def get_config(variant="mamba_sparx"):
     config.train_epochs = 2.0
     config.eval_every_epochs = 1000.0  # at the end only
     config.log_every_steps = 50
-    config.optimizer.lr = 8e-3
+    config.optimizer.lr = LR[family]
     config.optimizer.warmup_epochs = 0.2
     config.ema_decay = 0.98
     return config
