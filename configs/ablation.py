@@ -37,7 +37,7 @@ DIMS = {
     "swin_dense_ganglion": (16, 40, 40, 72),  # 429,405
     "swin_densenet": (16, 24, 40, 72),  # 430,235
 }
-# One for a family, whatever the connector.  Chosen by one trial of SparX-Mamba, no more.
+# One for a family, whatever the connector; from one trial of SparX-Mamba, no more.
 LR = {"mamba": 8e-3, "swin": 3e-3}
 
 
