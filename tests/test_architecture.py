@@ -23,7 +23,8 @@ ALLOWED = {
         *("models", "layers", "ops", "data", "parallel", "interop", "plots"),
         *("typing", "errors", "checks"),
     },
-    "plots": {"models", "errors"},
+    "plots": {"models"},
+    "summary": {"models", "plots", "errors"},
     "__init__": {"models", "interop"},
 }
 
@@ -47,6 +48,7 @@ SURGEONS = {
     "sparx_jax/training/state.py",
     "sparx_jax/models/backbone.py",
     "sparx_jax/interop/torch_weights.py",
+    "sparx_jax/summary.py",
 }
 
 

@@ -1,0 +1,291 @@
+"""One table of all models: size, work, connections and memory.
+
+    python -m sparx_jax.summary 'sparx_mamba_*' --image_size 384
+    python -m sparx_jax.summary sparx_mamba_t connector.mode=none connector.stride=0,1,1,1
+
+Nothing is computed or compiled: networks are traced with shapes in place of arrays.
+
+GMACs are counted as the authors count them (fvcore with VMamba's rule for scans): the
+multiply-adds of convolutions and matrix products, 9 b l d n + b l d for a selective
+scan in one direction, and nothing for the channel attention of DMCA.  Attention over
+windows is counted.  They are per picture.
+
+Activation memory is what a training step's forward pass keeps for its backward pass:
+every array that `jax.vjp` saves, once, without parameters and pictures.  It is before
+XLA, whose fusion and rematerialisation make it less, and whose temporary arrays more.
+"""
+
+import argparse
+import ast
+import functools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend import core
+
+from sparx_jax import plots
+from sparx_jax.errors import UserError
+from sparx_jax.models import ModelConfig, build, list_models, model_config
+
+RULE = (
+    "GMACs, a picture, by the authors' rule: convolutions and matrix products, "
+    "9 b l d n + b l d for each selective scan, without DMCA's channel attention. "
+    "Activations: what the forward pass in training keeps for the backward pass, "
+    "before XLA's fusion and rematerialisation. "
+    "Published figures are of ImageNet-1k at 224 x 224."
+)
+
+
+class Published(NamedTuple):
+    """What a paper says of a model at 224 x 224 pixels; None: nothing."""
+
+    params: float | None
+    """Millions."""
+    gmacs: float | None
+    top1: float
+    """Percent on ImageNet-1k."""
+
+
+# SparX-Mamba and SparX-Swin: Lou, Fu and Yu, arXiv:2409.09649.  VMamba: Liu et al.,
+# arXiv:2401.10166.  Swin: Liu et al., arXiv:2103.14030, parameters as VMamba rounds.
+PUBLISHED = {
+    "sparx_mamba_t": Published(27, 5.2, 83.5),
+    "sparx_mamba_s": Published(47, 9.3, 84.2),
+    "sparx_mamba_b": Published(84, 15.9, 84.5),
+    "sparx_swin_t": Published(None, None, 82.6),
+    "vmamba_t": Published(30, 4.9, 82.6),
+    "vmamba_s": Published(50, 8.7, 83.6),
+    "vmamba_b": Published(89, 15.4, 83.9),
+    "swin_t": Published(28, 4.5, 81.3),
+    "swin_s": Published(50, 8.7, 83.0),
+    "swin_b": Published(88, 15.4, 83.5),
+}
+UNPUBLISHED = Published(None, None, None)
+
+
+def connections(config: ModelConfig) -> list[int]:
+    """How many outputs the ganglion layers of each stage read."""
+    stages = range(len(config.depths))
+    return [sum(len(layer.sources) for layer in config.wiring(s)) for s in stages]
+
+
+@functools.cache
+def parameters(config: ModelConfig) -> int:
+    """Number of trained values."""
+    params = nnx.state(_abstract(config), nnx.Param)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+@functools.cache
+def macs(config: ModelConfig, size: tuple[int, int]) -> int:
+    """Multiply-adds for one picture of `size` (rows, columns), by the rule above.
+
+    Raises UserError on a size that the network cannot read.
+    """
+    config = config.replace(scan_method="loop")  # one call that holds all, soon traced
+    graphdef, state = nnx.split(_abstract(config))
+    forward = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731
+    return _macs(jax.make_jaxpr(forward)(state, _images(config, 1, size)).jaxpr)
+
+
+@functools.cache
+def activation_bytes(config: ModelConfig, size: tuple[int, int], batch: int) -> int:
+    """Bytes saved for the backward pass of `batch` pictures of `size`.
+
+    Raises UserError on a size that the network cannot read.
+    """
+    model = _abstract(config)
+    model.train()
+    graphdef, state = nnx.split(model)
+
+    def saved(state, images):
+        def forward(state):
+            return nnx.merge(graphdef, state)(images, key=jax.random.key(0))
+
+        return jax.tree.leaves(jax.vjp(forward, state)[1])
+
+    jaxpr = jax.make_jaxpr(saved)(state, _images(config, batch, size)).jaxpr
+    arrays = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+    arrays -= {*jaxpr.invars, *jaxpr.constvars}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in arrays)
+
+
+def _abstract(config):
+    return nnx.eval_shape(lambda: build(config, seed=0))
+
+
+def _images(config, batch, size):
+    return jax.ShapeDtypeStruct((batch, *size, config.in_channels), jnp.float32)
+
+
+def _macs(jaxpr, outer=""):
+    """`outer` names the scopes around `jaxpr`, which its own equations leave out."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        scopes, kind = f"{outer}/{eqn.source_info.name_stack}", eqn.primitive.name
+        if "channel_attention" in scopes:
+            continue
+        if "selective_scan" in scopes:
+            _, dt, a, *_ = (v.aval for v in eqn.invars)  # (k, b, l, d), (k, d, n)
+            total += dt.size * (9 * a.shape[-1] + 1)
+        elif kind == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            width = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += eqn.outvars[0].aval.size * width
+        elif kind == "conv_general_dilated":
+            kernel = eqn.invars[1].aval  # its input axis is that of one group
+            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+            fan_in = kernel.size // kernel.shape[out_axis]
+            total += eqn.outvars[0].aval.size * fan_in
+        else:
+            inner = [_macs(j, scopes) for j in _inner_jaxprs(eqn.params)]
+            if kind == "cond":  # a platform's choice: the CPU's has no convolution
+                inner = [max(inner)]
+            if kind == "while" and any(inner):
+                raise NotImplementedError("products in a loop of unknown length")
+            total += sum(inner) * eqn.params.get("length", 1)
+    return total
+
+
+def _inner_jaxprs(params):
+    closed = (core.ClosedJaxpr, core.Jaxpr)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, closed))
+    for leaf in leaves:
+        if isinstance(leaf, closed):
+            yield getattr(leaf, "jaxpr", leaf)
+
+
+def table(
+    configs: dict[str, ModelConfig],
+    *,
+    size: tuple[int, int] = (224, 224),
+    batch: int = 1,
+    markdown: bool = False,
+) -> str:
+    """A line for each model, and below them what the figures mean.
+
+    Raises UserError on a size that a network cannot read.
+    """
+    pictures = f"{batch} x {size[0]} x {size[1]}"
+    head = ["model", "params M", "GMACs", "connections", f"activations, {pictures}"]
+    head += ["published M", "GMACs", "top-1 %"]
+    rows = [head] + [_row(name, c, size, batch) for name, c in configs.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if markdown:
+        quoted = [[f"`{name}`", *cells] for name, *cells in rows[1:]]
+        rows = [head, ["---"] + ["---:"] * (len(head) - 1), *quoted]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+    else:
+        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+        left = widths[0]
+        lines = [row[0].ljust(left) + line[left:] for row, line in zip(rows, lines)]
+    return "\n".join([*lines, "", RULE])
+
+
+def _row(name, config, size, batch):
+    model, *changes = name.split()
+    published = UNPUBLISHED if changes else PUBLISHED.get(model, UNPUBLISHED)
+    stages = connections(config)
+    return [
+        name,
+        f"{parameters(config) / 1e6:.2f}",
+        f"{macs(config, size) / 1e9:.2f}",
+        f"{sum(stages)} = {' + '.join(map(str, stages))}",
+        _bytes(activation_bytes(config, size, batch)),
+        *("" if figure is None else str(figure) for figure in published),
+    ]
+
+
+def _bytes(count):
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def select(pattern: str, settings: Sequence[str] = ()) -> dict[str, ModelConfig]:
+    """Models by name, each name followed by the `settings`; by family, then by size.
+
+    A setting is `name=value` of a field of `ModelConfig`, dotted for those of its
+    parts; values are Python's (`0,1,1,1` is a tuple), everything else is text.  Raises
+    UserError if no model matches, or on a setting that is unknown or wrong.
+    """
+    names, overrides = list_models(pattern), _overrides(settings)
+    if not names:
+        raise UserError(
+            f"no model matches {pattern!r}; the models are: {', '.join(list_models())}."
+        )
+    configs = {name: model_config(name, **overrides) for name in names}
+    names.sort(key=lambda name: (name.rpartition("_")[0], parameters(configs[name])))
+    return {" ".join([name, *settings]): configs[name] for name in names}
+
+
+def _overrides(settings):
+    overrides = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        *parents, name = path.split(".")
+        node = overrides
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        if not equals or not isinstance(node, dict) or name in node:
+            raise UserError(
+                f"{setting!r} is not understood: give each setting once, as name=value."
+            )
+        node[name] = _value(text)
+    return overrides
+
+
+def _value(text) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, TypeError, ValueError):
+        return text
+
+
+def _size(text):
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns or rows)
+
+
+def _count(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table; bad input ends with one sentence and exit code 78."""
+    parser = _Parser(prog="python -m sparx_jax.summary", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    words = "a pattern of names (all, if left out), then settings of ModelConfig"
+    parser.add_argument("words", nargs="*", metavar="PATTERN|setting=value", help=words)
+    size = dict(type=_size, default=(224, 224), metavar="N|HxW")
+    parser.add_argument("--image_size", help="pixels: 224, or 256x192", **size)
+    parser.add_argument("--batch", type=_count, default=1, help="pictures, for memory")
+    parser.add_argument("--markdown", action="store_true", help="as in the README")
+    parser.add_argument("--plot", metavar="FILE.png", help="draws the wiring")
+    try:
+        options = parser.parse_intermixed_args(arguments)
+        pattern = [word for word in options.words[:1] if "=" not in word]
+        settings = options.words[len(pattern) :]
+        configs = select(*(pattern or ["*"]), settings)
+        if options.plot:
+            plots.write_wiring(options.plot, configs)
+        layout = dict(batch=options.batch, markdown=options.markdown)
+        print(table(configs, size=options.image_size, **layout))
+    except (UserError, OSError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(os.EX_CONFIG) from None
+
+
+if __name__ == "__main__":
+    main()
