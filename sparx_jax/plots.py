@@ -229,9 +229,7 @@ def wiring_figure(configs: Mapping[str, ModelConfig]) -> Figure:
     return figure
 
 
-def write_wiring(
-    path: str | os.PathLike, configs: Mapping[str, ModelConfig]
-) -> None:
+def write_wiring(path: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> None:
     """Writes `wiring_figure(configs)` as a PNG whose text `Wiring` is the tables."""
     image = _render(wiring_figure(configs)).quantize(128)  # few colours: a small file
     _save(image, path, Wiring=wiring_text(configs))

@@ -5,14 +5,13 @@
 
 Nothing is computed or compiled: networks are traced with shapes in place of arrays.
 
-GMACs are counted as the authors count them (fvcore with VMamba's rule for scans): the
-multiply-adds of convolutions and matrix products, 9 b l d n + b l d for a selective
-scan in one direction, and nothing for the channel attention of DMCA.  Attention over
-windows is counted.  They are per picture.
+GMACs are for one picture, by the rule of the papers (VMamba's): the multiply-adds of
+all convolutions and matrix products, those of attention included, and 9 b l d n + b l d
+for a selective scan in each direction.  Norms and activations count nothing.
 
-Activation memory is what a training step's forward pass keeps for its backward pass:
-every array that `jax.vjp` saves, once, without parameters and pictures.  It is before
-XLA, whose fusion and rematerialisation make it less, and whose temporary arrays more.
+Activation memory is what the forward pass of training keeps for the backward pass: the
+arrays that `jax.vjp` saves, each once, without parameters and pictures.  It is before
+XLA, whose fusion and rematerialisation need less and whose temporary arrays more.
 """
 
 import argparse
@@ -30,16 +29,14 @@ from flax import nnx
 from jax.extend import core
 
 from sparx_jax import plots
+from sparx_jax.checks import require
 from sparx_jax.errors import UserError
 from sparx_jax.models import ModelConfig, build, list_models, model_config
 
-RULE = (
-    "GMACs, a picture, by the authors' rule: convolutions and matrix products, "
-    "9 b l d n + b l d for each selective scan, without DMCA's channel attention. "
-    "Activations: what the forward pass in training keeps for the backward pass, "
-    "before XLA's fusion and rematerialisation. "
-    "Published figures are of ImageNet-1k at 224 x 224."
-)
+RULE = """\
+GMACs: 10^9 multiply-adds for one picture in convolutions and matrix products, and
+9 b l d n + b l d for each selective scan.  Activations: what the forward pass of
+training keeps for the backward pass, before XLA.  Published: ImageNet-1k, 224 x 224."""
 
 
 class Published(NamedTuple):
@@ -129,8 +126,6 @@ def _macs(jaxpr, outer=""):
     total = 0
     for eqn in jaxpr.eqns:
         scopes, kind = f"{outer}/{eqn.source_info.name_stack}", eqn.primitive.name
-        if "channel_attention" in scopes:
-            continue
         if "selective_scan" in scopes:
             _, dt, a, *_ = (v.aval for v in eqn.invars)  # (k, b, l, d), (k, d, n)
             total += dt.size * (9 * a.shape[-1] + 1)
@@ -182,16 +177,13 @@ def table(
         rows = [head, ["---"] + ["---:"] * (len(head) - 1), *quoted]
         lines = [f"| {' | '.join(row)} |" for row in rows]
     else:
-        lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-        left = widths[0]
-        lines = [row[0].ljust(left) + line[left:] for row, line in zip(rows, lines)]
+        rows = [[row[0].ljust(widths[0]), *row[1:]] for row in rows]
+        lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, "", RULE])
 
 
 def _row(name, config, size, batch):
-    model, *changes = name.split()
-    published = UNPUBLISHED if changes else PUBLISHED.get(model, UNPUBLISHED)
-    stages = connections(config)
+    stages, published = connections(config), PUBLISHED.get(name, UNPUBLISHED)
     return [
         name,
         f"{parameters(config) / 1e6:.2f}",
@@ -247,14 +239,10 @@ def _value(text) -> Any:
 
 
 def _size(text):
-    rows, _, columns = text.partition("x")
-    return int(rows), int(columns or rows)
-
-
-def _count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    sides = text.split("x")
+    ok = len(sides) <= 2 and all(side.isdecimal() for side in sides)
+    require("--image_size", text, ok, "one number of pixels, or two as in 256x192")
+    return int(sides[0]), int(sides[-1])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -270,11 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", metavar="PATTERN|setting=value", help=words)
     size = dict(type=_size, default=(224, 224), metavar="N|HxW")
     parser.add_argument("--image_size", help="pixels: 224, or 256x192", **size)
-    parser.add_argument("--batch", type=_count, default=1, help="pictures, for memory")
+    parser.add_argument("--batch", type=int, default=1, help="pictures, for memory")
     parser.add_argument("--markdown", action="store_true", help="as in the README")
     parser.add_argument("--plot", metavar="FILE.png", help="draws the wiring")
     try:
         options = parser.parse_intermixed_args(arguments)
+        require("--batch", options.batch, options.batch >= 1, "at least 1")
         pattern = [word for word in options.words[:1] if "=" not in word]
         settings = options.words[len(pattern) :]
         configs = select(*(pattern or ["*"]), settings)

@@ -24,7 +24,7 @@ ALLOWED = {
         *("typing", "errors", "checks"),
     },
     "plots": {"models"},
-    "summary": {"models", "plots", "errors"},
+    "summary": {"models", "plots", "errors", "checks"},
     "__init__": {"models", "interop"},
 }
 

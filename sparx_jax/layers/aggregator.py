@@ -74,7 +74,6 @@ class Aggregator(nnx.Module):
         return _widen(fused, self.missing)
 
 
-@jax.named_scope("channel_attention")  # by which sparx_jax.summary knows it
 def channel_attention(
     query: Float[Array, "b h2 w2 c"],
     key: Float[Array, "b h2 w2 c"],
