@@ -1,7 +1,8 @@
 """One table of all models: size, work, connections and memory.
 
     python -m sparx_jax.summary 'sparx_mamba_*' --image_size 384
-    python -m sparx_jax.summary sparx_mamba_t connector.mode=none connector.stride=0,1,1,1
+    python -m sparx_jax.summary sparx_mamba_t connector.mode=none num_classes=10
+    python -m sparx_jax.summary sparx_mamba_t connector.stride=0,1,1,1 --plot wiring.png
 
 Nothing is computed or compiled: networks are traced with shapes in place of arrays.
 
@@ -88,7 +89,7 @@ def macs(config: ModelConfig, size: tuple[int, int]) -> int:
     config = config.replace(scan_method="loop")  # one call that holds all, soon traced
     graphdef, state = nnx.split(_abstract(config))
     forward = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731
-    return _macs(jax.make_jaxpr(forward)(state, _images(config, 1, size)).jaxpr)
+    return count_macs(jax.make_jaxpr(forward)(state, _images(config, 1, size)).jaxpr)
 
 
 @functools.cache
@@ -121,12 +122,15 @@ def _images(config, batch, size):
     return jax.ShapeDtypeStruct((batch, *size, config.in_channels), jnp.float32)
 
 
-def _macs(jaxpr, outer=""):
-    """`outer` names the scopes around `jaxpr`, which its own equations leave out."""
+def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
+    """Multiply-adds of `jaxpr` by the rule above; `scopes`: what it was called in.
+
+    Raises NotImplementedError on products in a loop of unknown length.
+    """
     total = 0
     for eqn in jaxpr.eqns:
-        scopes, kind = f"{outer}/{eqn.source_info.name_stack}", eqn.primitive.name
-        if "selective_scan" in scopes:
+        inside, kind = f"{scopes}/{eqn.source_info.name_stack}", eqn.primitive.name
+        if "selective_scan" in inside:
             _, dt, a, *_ = (v.aval for v in eqn.invars)  # (k, b, l, d), (k, d, n)
             total += dt.size * (9 * a.shape[-1] + 1)
         elif kind == "dot_general":
@@ -136,10 +140,9 @@ def _macs(jaxpr, outer=""):
         elif kind == "conv_general_dilated":
             kernel = eqn.invars[1].aval  # its input axis is that of one group
             out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-            fan_in = kernel.size // kernel.shape[out_axis]
-            total += eqn.outvars[0].aval.size * fan_in
+            total += eqn.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
         else:
-            inner = [_macs(j, scopes) for j in _inner_jaxprs(eqn.params)]
+            inner = [count_macs(j, inside) for j in _inner_jaxprs(eqn.params)]
             if kind == "cond":  # a platform's choice: the CPU's has no convolution
                 inner = [max(inner)]
             if kind == "while" and any(inner):
@@ -149,11 +152,9 @@ def _macs(jaxpr, outer=""):
 
 
 def _inner_jaxprs(params):
-    closed = (core.ClosedJaxpr, core.Jaxpr)
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, closed))
-    for leaf in leaves:
-        if isinstance(leaf, closed):
-            yield getattr(leaf, "jaxpr", leaf)
+    kinds = (core.ClosedJaxpr, core.Jaxpr)
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, kinds))
+    return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]
 
 
 def table(
