@@ -91,7 +91,7 @@ def test_work_at_384_512_and_1024_pixels(name, work):
 
 @pytest.mark.parametrize(
     ("stride", "window", "count"),
-    [(1, 1, 13), (1, 3, 22), (1, None, 28), (2, 3, 10), (3, 1, 7), (3, 2, 8)],
+    [(1, 1, 7), (1, 3, 16), (1, None, 22), (2, 1, 7), (2, 2, 9), (2, 3, 10), (3, 1, 7)],
 )
 def test_connections_are_those_of_the_wiring(stride, window, count):
     assert summary.connections(stage_3(stride, window)) == [0, 2, count, 2]
@@ -186,7 +186,6 @@ def test_published_figures_stand_beside_unchanged_models_only():
     lines = summary.table(configs, size=SMALL).split("\n")
     assert lines[1].split()[-3:] == ["27", "5.2", "83.5"]
     assert lines[2].split()[-1] == "MiB"
-    assert set(summary.PUBLISHED) >= set(list_models()) - {name}
 
 
 def test_the_command_prints_the_table_and_draws_the_wiring(tmp_path, capsys):
