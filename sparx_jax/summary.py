@@ -73,10 +73,9 @@ def connections(config: ModelConfig) -> list[int]:
     return [sum(len(layer.sources) for layer in config.wiring(s)) for s in stages]
 
 
-@functools.cache
 def parameters(config: ModelConfig) -> int:
     """Number of trained values."""
-    params = nnx.state(_abstract(config), nnx.Param)
+    params = _network(config).arrays[0]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -86,36 +85,52 @@ def macs(config: ModelConfig, size: tuple[int, int]) -> int:
 
     Raises UserError on a size that the network cannot read.
     """
-    config = config.replace(scan_method="loop")  # one call that holds all, soon traced
-    graphdef, state = nnx.split(_abstract(config))
-    forward = lambda state, images: nnx.merge(graphdef, state)(images)  # noqa: E731
-    return count_macs(jax.make_jaxpr(forward)(state, _images(config, 1, size)).jaxpr)
+    network = _network(config)
+
+    def forward(arrays, images):
+        return nnx.merge(network.eval, *arrays)(images)
+
+    images = _images(config, 1, size)
+    return count_macs(jax.make_jaxpr(forward)(network.arrays, images).jaxpr)
 
 
 @functools.cache
 def activation_bytes(config: ModelConfig, size: tuple[int, int], batch: int) -> int:
     """Bytes saved for the backward pass of `batch` pictures of `size`.
 
-    Raises UserError on a size that the network cannot read.
+    The scan keeps what its hand-written gradient needs, which all its methods but
+    `sequential` share.  Raises UserError on a size that the network cannot read.
     """
-    model = _abstract(config)
-    model.train()
-    graphdef, state = nnx.split(model)
+    network = _network(config)
 
-    def saved(state, images):
-        def forward(state):
-            return nnx.merge(graphdef, state)(images, key=jax.random.key(0))
+    def saved(arrays, images):
+        def forward(arrays):
+            return nnx.merge(network.train, *arrays)(images, key=jax.random.key(0))
 
-        return jax.tree.leaves(jax.vjp(forward, state)[1])
+        return jax.tree.leaves(jax.vjp(forward, arrays)[1])
 
-    jaxpr = jax.make_jaxpr(saved)(state, _images(config, batch, size)).jaxpr
+    images = _images(config, batch, size)
+    jaxpr = jax.make_jaxpr(saved)(network.arrays, images).jaxpr
     arrays = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
     arrays -= {*jaxpr.invars, *jaxpr.constvars}
     return sum(v.aval.size * v.aval.dtype.itemsize for v in arrays)
 
 
-def _abstract(config):
-    return nnx.eval_shape(lambda: build(config, seed=0))
+class _Network(NamedTuple):
+    arrays: tuple[nnx.State, nnx.State]
+    """Shapes of the parameters and of everything else."""
+    eval: nnx.GraphDef
+    train: nnx.GraphDef
+
+
+@functools.cache
+def _network(config):
+    # Of the scan's methods `loop` is one call that has all its sizes, and soon traced.
+    config = config.replace(scan_method="loop")
+    model = nnx.eval_shape(lambda: build(config, seed=0))
+    graphdef, *arrays = nnx.split(model, nnx.Param, ...)
+    model.train()
+    return _Network(tuple(arrays), graphdef, nnx.graphdef(model))
 
 
 def _images(config, batch, size):

@@ -172,10 +172,12 @@ def test_models_come_by_family_then_by_size():
 
 
 def test_settings_are_python_values_or_text():
-    words = "connector.mode=none connector.window=1,2,None,0 mlp_ratio=2 dtype=bfloat16"
+    words = (
+        "connector.mode=none connector.window=1,2,None,0 mlp_ratio=2.5 dtype=bfloat16"
+    )
     (title, config), *rest = select("sparx_mamba_t", words.split()).items()
     connector = dict(mode="none", window=(1, 2, None, 0))
-    changes = dict(connector=connector, mlp_ratio=2, dtype="bfloat16")
+    changes = dict(connector=connector, mlp_ratio=2.5, dtype="bfloat16")
     assert config == model_config("sparx_mamba_t", **changes)
     assert title == f"sparx_mamba_t {words}" and not rest
 
@@ -204,7 +206,7 @@ def test_the_command_prints_the_table_and_draws_the_wiring(tmp_path, capsys):
         ("resnet", "no model matches 'resnet'"),
         ("connector.strid=1", "unknown model setting 'connector.strid'"),
         ("depths=1,2", "model.depths=(1, 2) must be"),
-        ("dims=a,b", "model.dims='a,b' must be"),
+        ("num_classes=-1", "model.num_classes=-1 must be"),
         ("sparx_mamba_t nano", "'nano' is not understood"),
         ("dtype=bfloat16 dtype=float32", "'dtype=float32' is not understood"),
         ("connector=1 connector.mode=none", "'connector.mode=none' is not understood"),
