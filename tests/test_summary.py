@@ -1,4 +1,4 @@
-"""The table of models says what the papers say, and counts what it claims to count."""
+"""The table of models says what the papers say and counts what it claims to count."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from sparx_jax.models import list_models, model_config
 from sparx_jax.summary import select
 
 README = Path(__file__).parents[1] / "README.md"
-TINY = dict(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), num_classes=3)
-TINY_WORDS = "depths=1,1,2,1 dims=8,12,16,20 num_classes=3".split()
+TINY = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20), num_classes=3)
+TINY_WORDS = "depths=1,1,1,1 dims=8,12,16,20 num_classes=3".split()
 SMALL = (64, 64)
 
 
@@ -33,7 +33,7 @@ def macs_of(function, *shapes):
     return summary.count_macs(jax.make_jaxpr(function)(*arrays).jaxpr)
 
 
-# Source of the sizes: tests/parity/manifests, counted on the authors' modules.
+# Source: parameters and work counted on the authors' modules, by hooks and by fvcore.
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_size_without_the_connector():
     ("name", "work"),
     [
         ("sparx_mamba_t", [15.44, 27.44, 109.77]),
+        # The figure to compare with is 194, which is 4 times 48.4, the rounded one.
         ("sparx_mamba_s", [27.21, 48.37, 193.46]),
         ("sparx_mamba_b", [46.72, 83.05, 332.20]),
     ],
@@ -140,12 +141,6 @@ def test_a_scan_counts_by_its_formula_wherever_it_is_called(wrap):
     shapes = (b, length, d), (k, b, length, d), (k, d, n)
     shapes += (k, b, length, n), (k, b, length, n), (k, d)
     assert macs_of(scan, *shapes) == k * b * length * d * (9 * n + 1)
-
-
-def test_the_method_of_the_scan_changes_no_count():
-    methods = ("loop", "associative", "sequential")
-    configs = [model_config("sparx_mamba_t", **TINY, scan_method=m) for m in methods]
-    assert len({summary.macs(config, SMALL) for config in configs}) == 1
 
 
 def test_memory_is_the_saved_arrays():
