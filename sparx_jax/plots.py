@@ -1,16 +1,12 @@
 """Pictures of a network's wiring and of a training run.
 
-    python -m sparx_jax.plots docs/wiring.png sparx_mamba_t sparx_mamba_s
-
 Figures are plain objects (never pyplot, which is global state), their sizes are in
 inches and their files are written atomically and without a date.
 """
 
-import argparse
 import os
-import sys
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,9 +21,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sparx_jax.errors import UserError
 from sparx_jax.models.config import ModelConfig
-from sparx_jax.models.registry import model_config
 
 DPI = 110
 WIDTH = 12.0
@@ -77,18 +71,14 @@ def wiring_arcs(config: ModelConfig) -> list[Arc]:
     return arcs
 
 
-def wiring_text(names: Sequence[str]) -> str:
-    """The wiring tables of the named variants, one line for each stage.
-
-    Raises UserError on an unknown name.
-    """
-    configs = {name: model_config(name) for name in names}
+def wiring_text(configs: Mapping[str, ModelConfig]) -> str:
+    """The wiring tables of networks by title, one line for each stage."""
     return "\n".join(
-        f"{name} stage {stage + 1}, width {config.dims[stage]}: "
+        f"{title} stage {stage + 1}, width {config.dims[stage]}: "
         + " ".join(
             f"({','.join(map(str, layer.sources))})" for layer in config.wiring(stage)
         )
-        for name, config in configs.items()
+        for title, config in configs.items()
         for stage in range(len(config.depths))
     )
 
@@ -230,26 +220,19 @@ def _legend(axes, **options):
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **style, **options)
 
 
-def wiring_figure(names: Sequence[str]) -> Figure:
-    """A panel, 12 by 2.5 inches, for each of the named variants.
-
-    Raises UserError on an unknown name.
-    """
-    figure = Figure(figsize=(WIDTH, 2.65 * len(names) + 0.1), dpi=DPI)
-    for index, name in enumerate(names):
-        config = model_config(name)
+def wiring_figure(configs: Mapping[str, ModelConfig]) -> Figure:
+    """A panel, 12 by 2.5 inches, for each network under its title."""
+    figure = Figure(figsize=(WIDTH, 2.65 * len(configs) + 0.1), dpi=DPI)
+    for index, (title, config) in enumerate(configs.items()):
         axes = _add_axes(figure, 0.2, 0.35 + 2.65 * index, WIDTH - 0.4, 2.3)
-        draw_wiring(axes, config, name, legend=index == 0)
+        draw_wiring(axes, config, title, legend=index == 0)
     return figure
 
 
-def write_wiring(path: str | os.PathLike, names: Sequence[str]) -> None:
-    """Writes `wiring_figure(names)` as a PNG whose text `Wiring` is the tables.
-
-    Raises UserError on an unknown name.
-    """
-    image = _render(wiring_figure(names)).quantize(128)  # few colours: a small file
-    _save(image, path, Wiring=wiring_text(names))
+def write_wiring(path: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> None:
+    """Writes `wiring_figure(configs)` as a PNG whose text `Wiring` is the tables."""
+    image = _render(wiring_figure(configs)).quantize(128)  # few colours: a small file
+    _save(image, path, Wiring=wiring_text(configs))
 
 
 def report_figure(
@@ -489,20 +472,3 @@ def _save(image, path, **texts):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes the wiring of the named variants; exits with 78 on an unknown name."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("path", help="the PNG to write")
-    parser.add_argument("names", nargs="+", help="variants, for instance sparx_mamba_t")
-    options = parser.parse_args(arguments)
-    try:
-        write_wiring(options.path, options.names)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(os.EX_CONFIG) from None
-
-
-if __name__ == "__main__":
-    main()

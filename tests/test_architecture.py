@@ -23,9 +23,10 @@ ALLOWED = {
         *("models", "layers", "ops", "data", "parallel", "interop", "plots"),
         *("typing", "errors", "checks"),
     },
-    "plots": {"models", "errors"},
+    "plots": {"models"},
     "plots_sweep": {"plots"},
     "sweep": {"training", "plots_sweep", "errors"},
+    "summary": {"models", "plots", "errors", "checks"},
     "__init__": {"models", "interop"},
 }
 
@@ -50,6 +51,7 @@ SURGEONS = {
     "sparx_jax/training/state.py",
     "sparx_jax/models/backbone.py",
     "sparx_jax/interop/torch_weights.py",
+    "sparx_jax/summary.py",
 }
 
 

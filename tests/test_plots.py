@@ -14,12 +14,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from sparx_jax import plots
-from sparx_jax.errors import UserError
 from sparx_jax.models.registry import list_models, model_config
 from sparx_jax.plots import Arc, WrongAnswer
+from sparx_jax.summary import select
 
 README_FIGURE = Path(__file__).parents[1] / "docs/wiring.png"
-README_NAMES = ["sparx_mamba_t", "sparx_mamba_s", "sparx_mamba_b"]
+README_CONFIGS = select("sparx_mamba_[tsb]")
 
 DENSE = dict(stride=(1, 1, 1, 1), start=(0, 0, 0, 0), window=(None,) * 4)
 CONFIGS = {name: model_config(name) for name in list_models()} | {
@@ -200,35 +200,25 @@ def test_wiring_is_legible_and_counts_its_connections(name):
 
 
 def test_readme_figure_shows_the_current_wiring():
-    """If this fails: python -m sparx_jax.plots docs/wiring.png sparx_mamba_{t,s,b}"""
+    """If this fails, renew it with the command that stands below it in the README."""
     with Image.open(README_FIGURE) as image:
-        assert image.text == {"Wiring": plots.wiring_text(README_NAMES)}
+        assert image.text == {"Wiring": plots.wiring_text(README_CONFIGS)}
     assert README_FIGURE.stat().st_size < 150_000
 
 
 def test_wiring_text_is_the_table():
-    lines = plots.wiring_text(["sparx_mamba_t"]).split("\n")
+    lines = plots.wiring_text({"T, changed": CONFIGS["sparx_mamba_t"]}).split("\n")
     assert len(lines) == 4
-    expected = "sparx_mamba_t stage 3, width 320: (-1) () (1,0) () (3,0,2) () (5,0,2,4)"
+    expected = "T, changed stage 3, width 320: (-1) () (1,0) () (3,0,2) () (5,0,2,4)"
     assert lines[2] == expected
 
 
-def test_command_writes_the_same_picture_twice(tmp_path):
+def test_the_same_wiring_gives_the_same_file(tmp_path):
     paths = [tmp_path / "first.png", tmp_path / "second.png"]
     for path in [*paths, paths[0]]:
-        plots.main([str(path), "sparx_mamba_nano"])
+        plots.write_wiring(path, {"nano": CONFIGS["sparx_mamba_nano"]})
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert sorted(tmp_path.iterdir()) == paths
-
-
-def test_unknown_model_is_a_user_error(tmp_path, capsys):
-    with pytest.raises(UserError, match="'resnet'"):
-        plots.wiring_figure(["resnet"])
-    with pytest.raises(SystemExit) as exit_status:
-        plots.main([str(tmp_path / "wiring.png"), "resnet"])
-    assert exit_status.value.code == 78
-    assert "resnet" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -329,6 +319,6 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-        plots.write_wiring(path, ["sparx_mamba_nano"])
+        plots.write_wiring(path, {"nano": CONFIGS["sparx_mamba_nano"]})
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

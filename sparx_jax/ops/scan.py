@@ -28,6 +28,7 @@ SCAN_METHODS: tuple[str, ...] = get_args(ScanMethod)
 CHUNK = 32
 
 
+@jax.named_scope("selective_scan")  # by which sparx_jax.summary knows it
 def selective_scan(
     x: Float[Array, "b l d"],
     dt: Float[Array, "k b l d"],
