@@ -8,6 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 from sparx_jax import models
 from sparx_jax.checks import check_types, require
+from sparx_jax.data import rand_augment
 from sparx_jax.errors import UserError
 
 
@@ -26,12 +27,18 @@ class DataConfig:
     """Training crop: a stretched random part, or a square of the padded picture."""
     scale: tuple[float, ...] = (0.08, 1.0)
     """For `resized`: least and greatest share of the picture's area."""
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """For `resized` and `rand_augment`; random: bilinear or bicubic, drawn each time.
+    Evaluation is always bicubic."""
     crop_padding: int = 4
     """For `padded`: black pixels around the picture."""
     crop_ratio: float = 0.9
-    """For `resized`: image_size over the shorter edge in evaluation."""
+    """For `resized`: image_size over the shorter edge in evaluation, in (0, 1]."""
     flip: bool = True
     """Mirrors half of the training pictures."""
+    rand_augment: str = ""
+    """Operations drawn for each training picture, in timm's form, such as
+    "rand-m9-mstd0.5-inc1"; see `data.rand_augment.parse`."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, from 0 to 1, that normalisation removes (ImageNet's)."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -127,6 +134,10 @@ class Config:
         for name in ("crop_padding", "workers"):
             value = getattr(data, name)
             require(f"config.data.{name}", value, value >= 0, "at least 0")
+        ok = 0 < data.crop_ratio <= 1
+        require("config.data.crop_ratio", data.crop_ratio, ok, "in (0, 1]")
+        if data.rand_augment:
+            rand_augment.parse(data.rand_augment)
         ok = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] <= 1
         require("config.data.scale", data.scale, ok, "(least, greatest) in (0, 1]")
         for name in ("mean", "std"):
