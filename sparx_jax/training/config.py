@@ -64,6 +64,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """What is done to training batches on the device; see `training/mixing.py`."""
+
+    mixup: float = 0.0
+    """Both parameters of the beta law of a picture's share in a mixture; 0: off."""
+    cutmix: float = 0.0
+    """The same of a picture's share around the box that its partner fills; 0: off."""
+    probability: float = 1.0
+    """That a batch is mixed, from 0 to 1."""
+    switch: float = 0.5
+    """Where both are on: that a batch gets cutmix rather than mixup, from 0 to 1."""
+    erasing: float = 0.0
+    """Probability that a box of a picture becomes noise; 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices per axis; -1: the rest.  See `parallel.make_mesh`."""
 
@@ -80,9 +96,13 @@ class Config:
     """The variant that `model` started from, for display."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     train_epochs: float = 300.0
+    """Until the learning rate has fallen to `optimizer.min_lr`."""
+    cooldown_epochs: float = 0.0
+    """After them, at `optimizer.min_lr`."""
     batch_size: int = 1024
     """Pictures per step over all devices."""
     eval_batch_size: int = 1024
@@ -110,6 +130,14 @@ class Config:
             ("optimizer.beta2", optimizer.beta2),
         ):
             require(f"config.{name}", value, 0 <= value < 1, "in [0, 1)")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self.mixing, name)
+            require(f"config.mixing.{name}", value, value >= 0, "at least 0 (0: off)")
+        for name in ("probability", "switch", "erasing"):
+            value = getattr(self.mixing, name)
+            require(f"config.mixing.{name}", value, 0 <= value <= 1, "in [0, 1]")
+        value = self.cooldown_epochs
+        require("config.cooldown_epochs", value, value >= 0, "at least 0")
         for name in ("lr", "eps"):
             value = getattr(optimizer, name)
             require(f"config.optimizer.{name}", value, value > 0, "positive")
