@@ -10,60 +10,55 @@ import jax
 import jax.numpy as jnp
 
 from sparx_jax.training.config import MixingConfig
-from sparx_jax.typing import Array, Float, Int, Key
+from sparx_jax.typing import Array, Float, Int, Key, UInt8
 
-KEY_TAG = 2**20  # the network folds the indices of stages into the same key
+# The network folds small numbers, those of its stages, into the same key.
+MIX_KEY, ERASE_KEY = 2**20, 2**20 + 1
 ERASED_SHARE = (0.02, 1 / 3)  # of the picture's area
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ATTEMPTS = 10  # boxes that are tried before a picture is left as it is
 
-Mixed = tuple[Float[Array, "b h w c"], Float[Array, "b k"]]
 
-
-def augment(
+def mix(
     key: Key[Array, ""],
-    images: Float[Array, "b h w c"],
+    images: UInt8[Array, "b h w c"],
     targets: Float[Array, "b k"],
     config: MixingConfig,
-) -> Mixed:
-    """Mixes, then erases; what is off leaves no trace in the program.
+) -> tuple[UInt8[Array, "b h w c"], Float[Array, "b k"]]:
+    """Mixes the batch with itself backwards, one draw for all pictures.
 
-    Deviation: mixes normalised pixels, where timm's trainer mixes uint8 and rounds, a
-    difference of at most half a grey level.
+    Grey levels are mixed and rounded before the pictures are normalised, as timm's
+    trainer does it.
 
     Args:
       key: of the step.
-      images: normalised.
+      images: not normalised.
       targets: smoothed, each row with sum 1.
-      config: what is on.
+      config: what is on; if nothing is, the batch returns as it is.
     """
-    mix_key, erase_key = jax.random.split(jax.random.fold_in(key, KEY_TAG))
-    if config.probability and (config.mixup or config.cutmix):
-        images, targets = mix(mix_key, images, targets, config)
-    if config.erasing:
-        images = erase(erase_key, images, config.erasing)
-    return images, targets
-
-
-def mix(key, images, targets, config: MixingConfig) -> Mixed:
-    """The batch mixed with the same batch backwards, one draw for all pictures."""
-    share, use_cutmix, box_key = draw_mix(key, config)
+    if not (config.probability and (config.mixup or config.cutmix)):
+        return images, targets
+    share, use_cutmix, box_key = draw_mix(jax.random.fold_in(key, MIX_KEY), config)
     height, width = images.shape[1:3]
     box = cutmix_box(box_key, share, height, width)
     area = (box[2] - box[0]) * (box[3] - box[1])
-    cut_share = 1 - area / (height * width)  # what is left after the borders' cut
-    share = jnp.where(use_cutmix, cut_share, share)
-    pixel_share = jnp.where(use_cutmix, ~_inside(box, height, width), share)
-    return blend(images, pixel_share[..., None], targets, share)
+    cut_share = 1 - area / (height * width)  # the borders may have cut the box
+    cut = paste(images, _inside(box, height, width))
+    mixed = jnp.round(blend(images.astype(jnp.float32), share)).astype(jnp.uint8)
+    images = jnp.where(use_cutmix, cut, mixed)
+    return images, blend(targets, jnp.where(use_cutmix, cut_share, share))
 
 
-def blend(images, pixel_share, targets, share) -> Mixed:
-    """`share` of each picture, pixel by pixel, and the rest of its partner."""
+def blend(x: Float[Array, "b ..."], share: Float[Array, ""]) -> Float[Array, "b ..."]:
+    """`share` of each row, and the rest of its partner in the batch backwards."""
+    # Not x * share + partner * (1 - share): of these two products XLA fuses one with
+    # the sum, a different one where the partner lies on another device.
+    return x + (1 - share) * (x[::-1] - x)
 
-    def mixture(x, part):
-        return x * part + x[::-1] * (1 - part)
 
-    return mixture(images, pixel_share), mixture(targets, share)
+def paste(images: UInt8[Array, "b h w c"], inside: Array) -> UInt8[Array, "b h w c"]:
+    """The partner's pixels where `inside`, (h, w), is true."""
+    return jnp.where(inside[..., None], images[::-1], images)
 
 
 def draw_mix(
@@ -98,8 +93,16 @@ def cutmix_box(
 def erase(
     key: Key[Array, ""], images: Float[Array, "b h w c"], probability: float
 ) -> Float[Array, "b h w c"]:
-    """A box of some pictures becomes standard normal noise, each pixel its own."""
-    box_key, noise_key = jax.random.split(key)
+    """A box of some pictures becomes standard normal noise, each pixel its own.
+
+    Args:
+      key: of the step.
+      images: normalised.
+      probability: that a picture gets a box; at 0 the batch returns as it is.
+    """
+    if not probability:
+        return images
+    box_key, noise_key = jax.random.split(jax.random.fold_in(key, ERASE_KEY))
     count, height, width, _ = images.shape
     boxes = erased_boxes(box_key, count, height, width, probability)
     inside = jax.vmap(lambda box: _inside(box, height, width))(boxes)

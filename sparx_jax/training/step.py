@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
-from sparx_jax.training.mixing import augment
+from sparx_jax.training.mixing import erase, mix
 from sparx_jax.training.state import (
     Network,
     TrainState,
@@ -58,11 +58,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of weights, statistics, moments and moving average."""
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    images = normalize(batch["image"], config.data.mean, config.data.std)
     targets = smooth_targets(
         batch["label"], config.model.num_classes, config.label_smoothing
     )
-    images, targets = augment(key, images, targets, config.mixing)
+    images, targets = mix(key, batch["image"], targets, config.mixing)
+    images = normalize(images, config.data.mean, config.data.std)
+    images = erase(key, images, config.mixing.erasing)
 
     def loss_and_stats(params):
         model = merge(graphdef, state.weights._replace(params=params))
