@@ -169,11 +169,15 @@ class Draw(NamedTuple):
     sign: int
     resample: Image.Resampling
 
+    @property
+    def argument(self):
+        """What the level means to this operation: degrees, a factor, bits..."""
+        return OPERATIONS[self.name].argument(self.level, self.sign)
+
     def apply(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
         """The image after the operation; `fill` is the colour of what moves in."""
-        operation = OPERATIONS[self.name]
-        argument = operation.argument(self.level, self.sign)
-        return operation.apply(image, argument, self.resample, fill)
+        apply = OPERATIONS[self.name].apply
+        return apply(image, self.argument, self.resample, fill)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,17 @@ def train_transform(data: Any) -> Callable[[Image.Image, np.random.Generator], A
     Raises:
       UserError: a setting is none of these.
     """
+    return partial(
+        _augment,
+        size=data.image_size,
+        padded=data.crop == "padded",
+        choose=make_choose(data),
+        fill=mean_color(data),
+    )
+
+
+def make_choose(data: Any) -> Callable[[int, int, np.random.Generator], "Choice"]:
+    """`(width, height, rng) -> Choice`; arguments and errors as `train_transform`."""
     if data.interpolation not in RESAMPLINGS:
         choices = ", ".join(map(repr, RESAMPLINGS))
         raise UserError(f"data.interpolation is {data.interpolation!r}: use {choices}.")
@@ -44,20 +55,18 @@ def train_transform(data: Any) -> Callable[[Image.Image, np.random.Generator], A
         resized=partial(random_crop_box, scale=tuple(data.scale)),
         padded=partial(random_square, size=data.image_size, padding=data.crop_padding),
     )
-    choose = partial(
+    return partial(
         _choose,
         box=box,
         resamplings=RESAMPLINGS[data.interpolation],
         flip=data.flip,
         rand_augment=parse(data.rand_augment) if data.rand_augment else None,
     )
-    return partial(
-        _augment,
-        size=data.image_size,
-        padded=data.crop == "padded",
-        choose=choose,
-        fill=tuple(round(255 * mean) for mean in data.mean),
-    )
+
+
+def mean_color(data: Any) -> tuple[int, ...]:
+    """The mean of the channels in grey levels."""
+    return tuple(round(255 * mean) for mean in data.mean)
 
 
 def eval_transform(data: Any) -> Callable[[Image.Image], np.ndarray]:
@@ -96,7 +105,8 @@ def decode_image(image: bytes | np.ndarray) -> Image.Image:
     decoded = Image.open(io.BytesIO(image))
     if decoded.mode.startswith("I;16"):  # convert() would clip at 255, not rescale
         decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
-    return decoded.convert("RGB")
+    decoded.load()
+    return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
 
 
 class Choice(NamedTuple):
@@ -119,10 +129,17 @@ def apply_choice(
     image = image.crop(choice.box)
     if image.size != (size, size):
         image = image.resize((size, size), choice.resample)
+    return finish(image, choice, fill)
+
+
+def finish(
+    image: Image.Image, choice: Choice, fill: tuple, operate: Callable = Draw.apply
+) -> Image.Image:
+    """What follows on cropping and resizing."""
     if choice.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation in choice.operations:
-        image = operation.apply(image, fill)
+        image = operate(operation, image, fill)
     return image
 
 

@@ -21,6 +21,8 @@ class DataConfig:
     """For `folder`: the folder that holds <split>/<class>/*.jpg."""
     train_split: str = "train"
     eval_split: str = "test"
+    decode: Literal["exact", "fast"] = "exact"
+    """Training pictures equal to timm's in every pixel, or nearly so by OpenCV."""
     image_size: int = 224
     """Pixels of the square that the network sees."""
     crop: Literal["resized", "padded"] = "resized"

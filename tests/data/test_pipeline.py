@@ -18,6 +18,7 @@ from sparx_jax.errors import UserError
 
 DATA = SimpleNamespace(
     name="digits",
+    decode="exact",
     image_size=16,
     crop="resized",
     crop_padding=2,
@@ -185,6 +186,7 @@ from types import SimpleNamespace
 from sparx_jax.data import open_source, train_batches
 if __name__ == "__main__":
     data = SimpleNamespace(name="folder", root=sys.argv[1], image_size=16, flip=True,
+        decode="exact",
         crop="padded", crop_padding=2, scale=(0.2, 1.0), interpolation="bicubic",
         rand_augment="", mean=(0.5, 0.5, 0.5), workers=2)
     batches = train_batches(data, open_source(data, "train"), batch_size=8, seed=0)
