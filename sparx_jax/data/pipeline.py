@@ -3,14 +3,15 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
+from sparx_jax.data.fast import fast_train_transform
 from sparx_jax.data.sources import Source
 from sparx_jax.data.transforms import decode_image, eval_transform, train_transform
 from sparx_jax.errors import UserError
@@ -35,7 +36,8 @@ def train_batches(
     Each epoch covers each example once; an epoch may end inside of a batch.
 
     Args:
-      data: see `train_transform`; and `workers`, the number of processes that prepare
+      data: see `train_transform`; `decode`, "exact" for pixels equal to timm's or
+        "fast" (see `fast.py`); and `workers`, the number of processes that prepare
         batches, 0 for threads of this process. Workers hand batches over in /dev/shm,
         which must hold about three local batches for each of them.
       source: the examples.
@@ -54,10 +56,16 @@ def train_batches(
       UserError: the processes cannot share the batch equally, or, while iterating, an
         image cannot be decoded.
     """
-    transform = train_transform(data)
+    if data.decode == "fast":
+        decode, transform = fast_train_transform(data)
+    else:
+        decode, transform = (
+            lambda image, rng: decode_image(image),
+            train_transform(data),
+        )
 
     def load(index, rng):
-        image, label = _read(source, index)
+        image, label = _read(source, index, lambda image: decode(image, rng))
         return {"image": transform(image, rng), "label": label}
 
     local_size = _local_size(batch_size, process_count)
@@ -125,10 +133,12 @@ def _local_size(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _read(source: Source, index: int) -> tuple[Image.Image, np.int32]:
+def _read(
+    source: Source, index: int, decode: Callable[[Any], Any] = decode_image
+) -> tuple[Any, np.int32]:
     try:
         example = source[index]
-        return decode_image(example["image"]), np.int32(example["label"])
+        return decode(example["image"]), np.int32(example["label"])
     except Exception as error:  # Pillow's decoders raise errors of every kind
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not a known image format" if unknown else error

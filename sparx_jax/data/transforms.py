@@ -4,11 +4,12 @@ import io
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from sparx_jax.data.rand_augment import RESAMPLINGS, Draw, draw_resampling, parse
 from sparx_jax.errors import UserError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height of random resized crops
@@ -20,23 +21,52 @@ def train_transform(data: Any) -> Callable[[Image.Image, np.random.Generator], A
     Args:
       data: attributes `image_size`, pixels; `flip`, whether to mirror half of the
         images; and `crop`. With "resized", a random part of the image, `scale` =
-        (least, greatest) share of its area, is stretched to the image size. With
-        "padded", the shorter edge is resized to the image size (if it differs) and a
-        random square is cut from the image bordered by `crop_padding` black pixels.
+        (least, greatest) share of its area, is stretched to the image size, with
+        `interpolation` "bicubic", "bilinear" or, drawn for each image, "random". With
+        "padded", the shorter edge is resized to the image size (if it differs),
+        bicubic, and a random square is cut from the image bordered by `crop_padding`
+        black pixels.
+        Last comes `rand_augment`, "" for none (see `rand_augment.parse`), with the
+        same interpolation; `mean`, from 0 to 1, is the colour of what moves in.
 
     Returns:
       A function from (RGB image, generator) to a uint8 array (image_size, image_size,
       3), which draws all its randomness from the generator.
 
     Raises:
-      UserError: `crop` is neither.
+      UserError: a setting is none of these.
     """
-    crop = _by_crop(
-        data,
-        resized=partial(random_resized_crop, scale=tuple(data.scale)),
-        padded=partial(random_padded_crop, padding=data.crop_padding),
+    return partial(
+        _augment,
+        size=data.image_size,
+        padded=data.crop == "padded",
+        choose=make_choose(data),
+        fill=mean_color(data),
     )
-    return partial(_augment, size=data.image_size, crop=crop, flip=data.flip)
+
+
+def make_choose(data: Any) -> Callable[[int, int, np.random.Generator], "Choice"]:
+    """`(width, height, rng) -> Choice`; arguments and errors as `train_transform`."""
+    if data.interpolation not in RESAMPLINGS:
+        choices = ", ".join(map(repr, RESAMPLINGS))
+        raise UserError(f"data.interpolation is {data.interpolation!r}: use {choices}.")
+    box = _by_crop(
+        data,
+        resized=partial(random_crop_box, scale=tuple(data.scale)),
+        padded=partial(random_square, size=data.image_size, padding=data.crop_padding),
+    )
+    return partial(
+        _choose,
+        box=box,
+        resamplings=RESAMPLINGS[data.interpolation],
+        flip=data.flip,
+        rand_augment=parse(data.rand_augment) if data.rand_augment else None,
+    )
+
+
+def mean_color(data: Any) -> tuple[int, ...]:
+    """The mean of the channels in grey levels."""
+    return tuple(round(255 * mean) for mean in data.mean)
 
 
 def eval_transform(data: Any) -> Callable[[Image.Image], np.ndarray]:
@@ -44,8 +74,9 @@ def eval_transform(data: Any) -> Callable[[Image.Image], np.ndarray]:
 
     Args:
       data: attributes `image_size`, pixels, and `crop`. With "resized", the shorter
-        edge becomes round(image_size / `crop_ratio`) pixels. With "padded" it becomes
-        the image size, as in training, so an image of that size passes unchanged.
+        edge becomes image_size / `crop_ratio` pixels, rounded down. With "padded" it
+        becomes the image size, as in training, so an image of that size passes
+        unchanged. Source: timm's transforms_imagenet_eval; equal to it in every bit.
 
     Returns:
       A function from an RGB image to a uint8 array (image_size, image_size, 3).
@@ -56,7 +87,7 @@ def eval_transform(data: Any) -> Callable[[Image.Image], np.ndarray]:
     ratio = _by_crop(data, resized=data.crop_ratio, padded=1.0)
     if not 0 < ratio <= 1:
         raise UserError(f"data.crop_ratio is {ratio}: use a number in (0, 1].")
-    edge = round(data.image_size / ratio)
+    edge = math.floor(data.image_size / ratio)
     return partial(_resize_and_crop, edge=edge, size=data.image_size)
 
 
@@ -74,22 +105,46 @@ def decode_image(image: bytes | np.ndarray) -> Image.Image:
     decoded = Image.open(io.BytesIO(image))
     if decoded.mode.startswith("I;16"):  # convert() would clip at 255, not rescale
         decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
-    return decoded.convert("RGB")
+    decoded.load()
+    return decoded if decoded.mode == "RGB" else decoded.convert("RGB")
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, *, scale: tuple
+class Choice(NamedTuple):
+    """All that is drawn for one training image."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels."""
+    resample: Image.Resampling
+    flip: bool
+    operations: list[Draw]
+
+
+def apply_choice(
+    image: Image.Image, choice: Choice, size: int, fill: tuple[int, int, int]
 ) -> Image.Image:
-    """Crops a random box and resizes it, bicubic, to `size` x `size` pixels.
+    """A training image of `size` x `size` pixels, equal to timm's in every bit.
 
-    Crops first: Pillow's `resize(box=...)` also reads pixels outside of the box.
+    Crops before it resizes: Pillow's `resize(box=...)` reads pixels outside of the box.
     """
-    box = random_crop_box(*image.size, scale, rng)
-    return image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+    image = image.crop(choice.box)
+    if image.size != (size, size):
+        image = image.resize((size, size), choice.resample)
+    return finish(image, choice, fill)
+
+
+def finish(
+    image: Image.Image, choice: Choice, fill: tuple, operate: Callable = Draw.apply
+) -> Image.Image:
+    """What follows on cropping and resizing."""
+    if choice.flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for operation in choice.operations:
+        image = operate(operation, image, fill)
+    return image
 
 
 def random_crop_box(
-    width: int, height: int, scale: tuple, rng: np.random.Generator
+    width: int, height: int, rng: np.random.Generator, *, scale: tuple
 ) -> tuple[int, int, int, int]:
     """A random (left, top, right, bottom) in pixels, by the law of torchvision.
 
@@ -111,18 +166,16 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def random_padded_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, *, padding: int
-) -> Image.Image:
-    """Cuts a random `size` x `size` square from the image with a black border.
+def random_square(
+    width: int, height: int, rng: np.random.Generator, *, size: int, padding: int
+) -> tuple[int, int, int, int]:
+    """A random square of `size` pixels within the image and `padding` around it.
 
-    The shorter edge is first resized to `size` pixels if it differs.
+    What lies outside of the image is black: Pillow's crop fills it with zeros.
     """
-    image = resize_shorter_edge(image, size)
-    high = np.array(image.size) + padding - size
+    high = np.array([width, height]) + padding - size
     left, top = rng.integers(-padding, high, endpoint=True).tolist()
-    # Pillow fills what lies outside of the image with zeros.
-    return image.crop((left, top, left + size, top + size))
+    return left, top, left + size, top + size
 
 
 def resize_shorter_edge(image: Image.Image, edge: int) -> Image.Image:
@@ -146,11 +199,19 @@ def _by_crop(data, **choices):
     return choices[data.crop]
 
 
-def _augment(image, rng, *, size, crop, flip):
-    image = crop(image, size, rng)
-    if flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image)
+def _choose(width, height, rng, *, box, resamplings, flip, rand_augment):
+    return Choice(
+        box(width, height, rng),
+        draw_resampling(resamplings, rng),
+        flip and rng.random() < 0.5,
+        rand_augment.draw(rng, resamplings) if rand_augment else [],
+    )
+
+
+def _augment(image, rng, *, size, padded, choose, fill):
+    if padded:
+        image = resize_shorter_edge(image, size)
+    return np.asarray(apply_choice(image, choose(*image.size, rng), size, fill))
 
 
 def _resize_and_crop(image, *, edge, size):

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 from sparx_jax import models
 from sparx_jax.checks import check_types, require
+from sparx_jax.data import rand_augment
 from sparx_jax.errors import UserError
 
 
@@ -20,18 +21,26 @@ class DataConfig:
     """For `folder`: the folder that holds <split>/<class>/*.jpg."""
     train_split: str = "train"
     eval_split: str = "test"
+    decode: Literal["exact", "fast"] = "exact"
+    """Training pictures equal to timm's in every pixel, or nearly so by OpenCV."""
     image_size: int = 224
     """Pixels of the square that the network sees."""
     crop: Literal["resized", "padded"] = "resized"
     """Training crop: a stretched random part, or a square of the padded picture."""
     scale: tuple[float, ...] = (0.08, 1.0)
     """For `resized`: least and greatest share of the picture's area."""
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """For `resized` and `rand_augment`; random: bilinear or bicubic, drawn each time.
+    Evaluation is always bicubic."""
     crop_padding: int = 4
     """For `padded`: black pixels around the picture."""
     crop_ratio: float = 0.9
-    """For `resized`: image_size over the shorter edge in evaluation."""
+    """For `resized`: image_size over the shorter edge in evaluation, in (0, 1]."""
     flip: bool = True
     """Mirrors half of the training pictures."""
+    rand_augment: str = ""
+    """Operations drawn for each training picture, in timm's form, such as
+    "rand-m9-mstd0.5-inc1"; see `data.rand_augment.parse`."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, from 0 to 1, that normalisation removes (ImageNet's)."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -57,6 +66,22 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """What is done to training batches on the device; see `training/mixing.py`."""
+
+    mixup: float = 0.0
+    """Both parameters of the beta law of a picture's share in a mixture; 0: off."""
+    cutmix: float = 0.0
+    """The same of a picture's share around the box that its partner fills; 0: off."""
+    probability: float = 1.0
+    """That a batch is mixed, from 0 to 1."""
+    switch: float = 0.5
+    """Where both are on: that a batch gets cutmix rather than mixup, from 0 to 1."""
+    erasing: float = 0.0
+    """Probability that a box of a picture becomes noise; 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices per axis; -1: the rest.  See `parallel.make_mesh`."""
 
@@ -73,9 +98,13 @@ class Config:
     """The variant that `model` started from, for display."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     train_epochs: float = 300.0
+    """Until the learning rate has fallen to `optimizer.min_lr`."""
+    cooldown_epochs: float = 0.0
+    """After them, at `optimizer.min_lr`."""
     batch_size: int = 1024
     """Pictures per step over all devices."""
     eval_batch_size: int = 1024
@@ -103,6 +132,14 @@ class Config:
             ("optimizer.beta2", optimizer.beta2),
         ):
             require(f"config.{name}", value, 0 <= value < 1, "in [0, 1)")
+        for name in ("mixup", "cutmix"):
+            value = getattr(self.mixing, name)
+            require(f"config.mixing.{name}", value, value >= 0, "at least 0 (0: off)")
+        for name in ("probability", "switch", "erasing"):
+            value = getattr(self.mixing, name)
+            require(f"config.mixing.{name}", value, 0 <= value <= 1, "in [0, 1]")
+        value = self.cooldown_epochs
+        require("config.cooldown_epochs", value, value >= 0, "at least 0")
         for name in ("lr", "eps"):
             value = getattr(optimizer, name)
             require(f"config.optimizer.{name}", value, value > 0, "positive")
@@ -127,6 +164,10 @@ class Config:
         for name in ("crop_padding", "workers"):
             value = getattr(data, name)
             require(f"config.data.{name}", value, value >= 0, "at least 0")
+        ok = 0 < data.crop_ratio <= 1
+        require("config.data.crop_ratio", data.crop_ratio, ok, "in (0, 1]")
+        if data.rand_augment:
+            rand_augment.parse(data.rand_augment)
         ok = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] <= 1
         require("config.data.scale", data.scale, ok, "(least, greatest) in (0, 1]")
         for name in ("mean", "std"):

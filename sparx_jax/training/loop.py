@@ -31,6 +31,8 @@ class Plan(NamedTuple):
 
     total_steps: int
     warmup_steps: int
+    schedule_steps: int
+    """Until the learning rate is at its end; the rest is the cooldown."""
     eval_every_steps: int
     steps_per_epoch: float
 
@@ -43,10 +45,12 @@ class Plan(NamedTuple):
 def plan(config: Config, num_examples: int) -> Plan:
     """Turns epochs into steps; an epoch need not be a whole number of them."""
     steps_per_epoch = num_examples / config.batch_size
-    total = max(1, round(config.train_epochs * steps_per_epoch))
+    schedule = max(1, round(config.train_epochs * steps_per_epoch))
+    cooldown = round(config.cooldown_epochs * steps_per_epoch)
     warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
     every = max(1, round(config.eval_every_epochs * steps_per_epoch))
-    return Plan(total, min(warmup, total - 1), every, steps_per_epoch)
+    warmup, total = min(warmup, schedule - 1), schedule + cooldown
+    return Plan(total, warmup, schedule, every, steps_per_epoch)
 
 
 def train(settings: ConfigDict, workdir: str) -> None:
@@ -72,7 +76,7 @@ def _train(setup, workdir, checkpoints, watch):
     config, train_source, eval_source, mesh = setup
     lengths = plan(config, len(train_source))
     schedule = learning_rate(
-        config.optimizer, lengths.warmup_steps, lengths.total_steps
+        config.optimizer, lengths.warmup_steps, lengths.schedule_steps
     )
     optimizer = make_optimizer(config.optimizer, schedule)
     network, state = states.init(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
+from sparx_jax.training.mixing import erase, mix
 from sparx_jax.training.state import (
     Network,
     TrainState,
@@ -20,7 +21,7 @@ from sparx_jax.training.state import (
     batch_stats,
     merge,
 )
-from sparx_jax.typing import Array, Float, UInt8
+from sparx_jax.typing import Array, Float, Int, UInt8
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -34,14 +35,18 @@ def normalize(
     return (images.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def smooth_targets(
+    labels: Int[Array, " b"], num_classes: int, smoothing: float = 0.0
+) -> Float[Array, "b k"]:
+    """One-hot targets with `smoothing` of the mass spread over all classes."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
+
+
 def cross_entropy(
-    logits: Float[Array, "b k"], labels: Array, smoothing: float = 0.0
+    logits: Float[Array, "b k"], targets: Float[Array, "b k"]
 ) -> Float[Array, " b"]:
-    """Cross entropy with `smoothing` of the target's mass spread over all classes."""
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
-    return optax.softmax_cross_entropy(
-        logits.astype(jnp.float32), optax.smooth_labels(targets, smoothing)
-    )
+    """Cross entropy in nats, in float32."""
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
 def train_step(
@@ -55,13 +60,17 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of weights, statistics, moments and moving average."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    images = normalize(batch["image"], config.data.mean, config.data.std)
+    targets = smooth_targets(
+        batch["label"], config.model.num_classes, config.label_smoothing
+    )
+    images, targets = mix(key, batch["image"], targets, config.mixing)
+    images = normalize(images, config.data.mean, config.data.std)
+    images = erase(key, images, config.mixing.erasing)
 
     def loss_and_stats(params):
         model = merge(graphdef, state.weights._replace(params=params))
         logits = model(images, key=key)
-        losses = cross_entropy(logits, batch["label"], config.label_smoothing)
-        return losses.mean(), batch_stats(model)
+        return cross_entropy(logits, targets).mean(), batch_stats(model)
 
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
     (loss, stats), grads = gradient(state.weights.params)
@@ -85,12 +94,13 @@ def eval_step(
     """Sums over the examples of weight 1, and the answer to each example."""
     images = normalize(batch["image"], config.data.mean, config.data.std)
     logits, labels = merge(graphdef, weights)(images), batch["label"]
+    targets = smooth_targets(labels, logits.shape[-1])
     score = jnp.take_along_axis(logits, labels[:, None], -1)
     # The label's rank among the classes; a tie counts against it, and so does a NaN.
     rank = jnp.sum(~(logits < score), -1) - 1
     weight, top = batch["weight"], min(5, logits.shape[-1])
     return {
-        "loss": jnp.sum(cross_entropy(logits, labels) * weight),
+        "loss": jnp.sum(cross_entropy(logits, targets) * weight),
         "top1": jnp.sum((rank < 1) * weight),
         "top5": jnp.sum((rank < top) * weight),
         "examples": jnp.sum(weight),

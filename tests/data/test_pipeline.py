@@ -18,11 +18,15 @@ from sparx_jax.errors import UserError
 
 DATA = SimpleNamespace(
     name="digits",
+    decode="exact",
     image_size=16,
     crop="resized",
     crop_padding=2,
     scale=(0.2, 1.0),
+    interpolation="random",
     flip=True,
+    rand_augment="rand-m9-mstd0.5-inc1",
+    mean=(0.5, 0.4, 0.3),
     crop_ratio=0.9,
     workers=0,
 )
@@ -182,7 +186,9 @@ from types import SimpleNamespace
 from sparx_jax.data import open_source, train_batches
 if __name__ == "__main__":
     data = SimpleNamespace(name="folder", root=sys.argv[1], image_size=16, flip=True,
-        crop="padded", crop_padding=2, scale=(0.2, 1.0), workers=2)
+        decode="exact",
+        crop="padded", crop_padding=2, scale=(0.2, 1.0), interpolation="bicubic",
+        rand_augment="", mean=(0.5, 0.5, 0.5), workers=2)
     batches = train_batches(data, open_source(data, "train"), batch_size=8, seed=0)
     next(batches), next(batches)
     print("ready", flush=True)

@@ -1,20 +1,29 @@
 """Laws of the transforms: geometry, randomness, and what the decoder accepts."""
 
+import hashlib
 import io
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from sparx_jax.data import decode_image, eval_transform, train_transform
-from sparx_jax.data.transforms import random_crop_box
+from sparx_jax.data.rand_augment import Draw
+from sparx_jax.data.transforms import Choice, apply_choice, random_crop_box
 from sparx_jax.errors import UserError
+from tests.laws import agree, box_law
+
+FILL = (124, 116, 104)
 
 
 def config(**changes):
     defaults = dict(image_size=32, crop="resized", crop_padding=4, crop_ratio=0.9)
-    return SimpleNamespace(**defaults | dict(scale=(0.08, 1.0), flip=False) | changes)
+    defaults |= dict(scale=(0.08, 1.0), interpolation="bicubic", flip=False)
+    defaults |= dict(rand_augment="", mean=(0.5, 0.4, 0.3))
+    return SimpleNamespace(**defaults | changes)
 
 
 def noise(width, height, seed=0):
@@ -30,7 +39,9 @@ def encode(image, format="PNG"):
 
 def test_random_resized_crop_obeys_scale_and_ratio():
     rng = np.random.default_rng(0)
-    boxes = np.array([random_crop_box(400, 400, (0.1, 0.5), rng) for _ in range(4000)])
+    boxes = np.array(
+        [random_crop_box(400, 400, rng, scale=(0.1, 0.5)) for _ in range(4000)]
+    )
     assert boxes.min() >= 0 and boxes.max() <= 400
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     share, log_ratio = width * height / 400**2, np.log(width / height)
@@ -51,13 +62,75 @@ def test_random_resized_crop_obeys_scale_and_ratio():
     ],
 )
 def test_crop_that_never_fits_falls_back_to_the_centre(size, box):
-    scale = (1.5, 2.0)  # larger than the image
-    assert random_crop_box(*size, scale, np.random.default_rng(0)) == box
+    rng = np.random.default_rng(0)
+    assert random_crop_box(*size, rng, scale=(1.5, 2.0)) == box  # larger than the image
+
+
+def digest(pixels):
+    text = str(pixels.shape).encode() + np.ascontiguousarray(pixels).tobytes()
+    return hashlib.sha256(text).hexdigest()
+
+
+def photograph(number, turned=False):
+    image = Image.fromarray(load_sample_images().images[number])
+    image = image.transpose(Image.Transpose.TRANSPOSE) if turned else image
+    return image.crop((0, 0, image.width - 3 * turned, image.height - number))
+
+
+def test_evaluation_and_training_equal_timm_in_every_pixel(timm):
+    expected = json.loads(str(timm["transforms"]))
+    for key, value in expected.items():
+        kind, *arguments = json.loads(key)
+        if kind == "eval":
+            number, turned, size, ratio = arguments
+            data = config(image_size=size, crop_ratio=ratio)
+            out = eval_transform(data)(photograph(number, turned))
+        else:
+            box, size, resample, flip, draws = arguments
+            draws = [Draw(*draw) for draw in draws]
+            choice = Choice(tuple(box), Image.Resampling(resample), flip, draws)
+            out = np.asarray(apply_choice(photograph(0), choice, size, FILL))
+        assert digest(out) == value, key
+    assert len(expected) == 20
+
+
+def test_random_crops_follow_the_law_of_timm(timm):
+    rng = np.random.default_rng(0)
+    boxes = np.array(
+        [random_crop_box(32, 48, rng, scale=(0.08, 1)) for _ in range(100_000)]
+    )
+    left, top, right, bottom = boxes.T
+    law = box_law(np.stack([top, left, bottom - top, right - left], 1), 48)
+    for counts, expected in zip(law, timm["crop_boxes"], strict=True):
+        assert agree(counts, expected)
+
+
+def test_a_random_interpolation_is_bilinear_or_bicubic():
+    image, data = noise(90, 70), config(interpolation="random", scale=(1.0, 1.0))
+    outs = {
+        train_transform(data)(
+            image.resize((64, 64)), np.random.default_rng(k)
+        ).tobytes()
+        for k in range(12)
+    }
+    expected = {
+        np.asarray(image.resize((64, 64)).resize((32, 32), resample)).tobytes()
+        for resample in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    }
+    assert expected <= outs
+
+
+def test_rand_augment_is_the_last_and_fills_with_the_mean():
+    data = config(rand_augment="rand-m9-n1-p1-inc1")
+    image = Image.new("RGB", (40, 40), (255, 255, 255))
+    outs = [train_transform(data)(image, np.random.default_rng(k)) for k in range(60)]
+    colours = {tuple(pixel) for out in outs for pixel in out.reshape(-1, 3).tolist()}
+    assert (128, 102, 76) in colours  # 0.5, 0.4 and 0.3 of 255, to even
 
 
 def test_random_resized_crop_crops_before_it_resizes():
     image, data = noise(90, 70), config()
-    box = random_crop_box(*image.size, data.scale, np.random.default_rng(5))
+    box = random_crop_box(*image.size, np.random.default_rng(5), scale=data.scale)
     expected = image.crop(box).resize((32, 32), Image.Resampling.BICUBIC)
     out = train_transform(data)(image, np.random.default_rng(5))
     np.testing.assert_array_equal(out, expected)
@@ -107,12 +180,12 @@ def test_train_transform_draws_only_from_its_generator():
 
 @pytest.mark.parametrize(
     "size, resized, corner",
-    [((100, 75), (48, 36), (8, 2)), ((75, 104), (36, 49), (2, 8))],
+    [((100, 75), (46, 35), (7, 2)), ((75, 104), (35, 48), (2, 8))],
 )
 def test_eval_transform_resizes_the_shorter_edge_and_cuts_the_centre(
     size, resized, corner
 ):
-    # 32 / 0.9 = 35.6 -> 36; the longer edge rounds down; 8.5 pixels round to 8.
+    # 32 / 0.9 = 35.6 -> 35; the longer edge rounds down; 1.5 pixels round to 2.
     image, (left, top) = noise(*size), corner
     whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     expected = whole[top : top + 32, left : left + 32]
@@ -148,5 +221,7 @@ def test_truncated_files_are_rejected(format):
 def test_bad_configuration_is_rejected():
     with pytest.raises(UserError, match=r"data\.crop is 'centre'"):
         train_transform(config(crop="centre"))
+    with pytest.raises(UserError, match=r"data\.interpolation is 'nearest'"):
+        train_transform(config(interpolation="nearest"))
     with pytest.raises(UserError, match=r"data\.crop_ratio is 1.2"):
         eval_transform(config(crop_ratio=1.2))

@@ -14,6 +14,7 @@ from sparx_jax.training.step import (
     compile_train_step,
     cross_entropy,
     normalize,
+    smooth_targets,
     train_step,
 )
 from tests.training.conftest import digest
@@ -39,7 +40,8 @@ def test_cross_entropy_spreads_the_smoothing_over_all_classes(smoothing):
     target = np.full((5, 7), smoothing / 7)
     target[np.arange(5), labels] += 1 - smoothing
     expected = -(target * log_softmax(logits.astype(np.float64), -1)).sum(-1)
-    out = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+    targets = smooth_targets(jnp.asarray(labels), 7, smoothing)
+    out = cross_entropy(jnp.asarray(logits), targets)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 

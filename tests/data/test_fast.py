@@ -1,0 +1,68 @@
+"""The fast training transform: the same draws as the exact one, nearly its pixels."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from sparx_jax.data.fast import fast_train_transform, operate
+from sparx_jax.data.rand_augment import Draw
+from sparx_jax.data.transforms import decode_image, train_transform
+from sparx_jax.errors import UserError
+
+pytest.importorskip("cv2")
+
+
+def config(**changes):
+    defaults = dict(image_size=96, crop="resized", crop_padding=0, scale=(0.08, 1.0))
+    defaults |= dict(interpolation="random", flip=True, rand_augment="")
+    return SimpleNamespace(**defaults | dict(mean=(0.5, 0.4, 0.3)) | changes)
+
+
+def encoded(number, format="JPEG"):
+    buffer = io.BytesIO()
+    Image.fromarray(load_sample_images().images[number]).save(buffer, format)
+    return buffer.getvalue()
+
+
+def both(data, image, seed):
+    decode, transform = fast_train_transform(data)
+    rng = np.random.default_rng(seed)
+    fast = transform(decode(image, rng), rng).astype(int)
+    return fast, train_transform(data)(decode_image(image), np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("size", [96, 224])  # the first decodes at a half and a quarter
+def test_fast_pictures_are_close_to_the_exact_ones(format, size):
+    for seed in range(8):
+        fast, exact = both(config(image_size=size), encoded(seed % 2, format), seed)
+        assert fast.shape == exact.shape
+        assert np.abs(fast - exact).mean() < 6, seed  # grey levels
+
+
+@pytest.mark.parametrize(
+    "name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
+)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_moves_go_where_the_exact_ones_go(name, sign):
+    image = Image.fromarray(load_sample_images().images[0]).resize((61, 48))
+    draw = Draw(name, 7.0, sign, Image.Resampling.BILINEAR)
+    fill = (124, 116, 104)
+    fast, exact = (np.asarray(f(draw, image, fill), int) for f in (operate, Draw.apply))
+    back = np.asarray(draw._replace(sign=-sign).apply(image, fill), int)
+    assert np.abs(fast - exact).mean() < 2 < np.abs(fast - back).mean()
+
+
+def test_truncated_files_are_rejected():
+    decode, _ = fast_train_transform(config())
+    with pytest.raises(ValueError, match="truncated"):
+        decode(encoded(0)[:400], np.random.default_rng(0))
+
+
+def test_other_crops_are_refused():
+    with pytest.raises(UserError, match=r"data\.crop='resized'"):
+        fast_train_transform(config(crop="padded"))

@@ -1,0 +1,49 @@
+"""The recipes of configs/ are complete and valid."""
+
+import pytest
+
+from configs import imagenet
+from sparx_jax.errors import UserError
+from sparx_jax.training.config import as_dict, from_config_dict
+from sparx_jax.training.loop import plan
+
+
+@pytest.mark.parametrize("variant", imagenet.VARIANTS)
+def test_imagenet_recipe_is_the_authors(variant):
+    config = from_config_dict(imagenet.get_config(variant), num_classes=1000)
+    assert config.model_name == variant
+    expected = {"sparx_mamba_t": (0.2, 0.9), "sparx_mamba_s": (0.3, 0.95)}
+    drop_path, crop_ratio = expected.get(variant, (0.5, 0.95))
+    assert config.model.drop_path_rate == drop_path
+    settings = as_dict(config)
+    assert settings["mixing"] == dict(
+        mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, erasing=0.25
+    )
+    assert settings["optimizer"] == dict(
+        lr=4e-3,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        warmup_epochs=20.0,
+        weight_decay=0.05,
+        clip_norm=5.0,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+    )
+    data = config.data
+    assert (data.crop_ratio, data.scale) == (crop_ratio, (0.08, 1.0))
+    assert (data.interpolation, data.rand_augment, data.flip) == (
+        *("random", "rand-m9-mstd0.5-inc1", True),
+    )
+
+
+def test_cooldown_follows_the_schedule():
+    config = from_config_dict(imagenet.get_config(), num_classes=1000)
+    lengths = plan(config, 2048 * 100)
+    assert (lengths.schedule_steps, lengths.total_steps) == (30_000, 31_000)
+    assert lengths.warmup_steps == 2_000
+
+
+def test_an_unknown_variant_is_refused():
+    with pytest.raises(UserError, match="sparx_mamba_s"):
+        imagenet.get_config("sparx_mamba_xl")
