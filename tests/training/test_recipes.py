@@ -3,12 +3,29 @@
 import pytest
 
 from configs import imagenet
+from sparx_jax import list_models
 from sparx_jax.errors import UserError
 from sparx_jax.training.config import as_dict, from_config_dict
 from sparx_jax.training.loop import plan
 
 
-@pytest.mark.parametrize("variant", imagenet.VARIANTS)
+@pytest.mark.parametrize("variant", list_models("*_[tsb]"))
+def test_every_released_size_has_a_recipe_that_is_valid(variant):
+    config = from_config_dict(imagenet.get_config(variant), num_classes=1000)
+    assert config.model_name == variant
+
+
+@pytest.mark.parametrize("variant", list_models("*swin_[tsb]"))
+def test_recipe_of_windows_is_swins(variant):
+    config = from_config_dict(imagenet.get_config(variant), num_classes=1000)
+    optimizer = config.optimizer
+    rates = optimizer.lr, optimizer.warmup_lr, optimizer.min_lr
+    assert rates == (1e-3, 5e-7, 5e-6)
+    assert (config.batch_size, config.data.crop_ratio) == (1024, 0.875)
+    assert not config.use_ema and config.cooldown_epochs == 0
+
+
+@pytest.mark.parametrize("variant", list_models("sparx_mamba_[tsb]"))
 def test_imagenet_recipe_is_the_authors(variant):
     config = from_config_dict(imagenet.get_config(variant), num_classes=1000)
     assert config.model_name == variant
