@@ -122,6 +122,10 @@ def _scan_backward(method, reverse, residuals, grad):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
+# Tracing both methods takes half a second; jit keeps the trace of a shape.
+_traced_once = partial(jax.jit, static_argnames="reverse")
+
+
 def _dispatch(method, loop, associative, *args):
     if method == "auto":
         return lax.platform_dependent(*args, cpu=loop, default=associative)
@@ -131,6 +135,7 @@ def _dispatch(method, loop, associative, *args):
 # -- parallel prefix ---------------------------------------------------------------
 
 
+@_traced_once
 def _associative(x, dt, a, b, c, d, *, reverse):
     f32 = partial(jnp.asarray, dtype=jnp.float32)
     x32, y, states = f32(x), 0.0, []
@@ -150,6 +155,7 @@ def _associative(x, dt, a, b, c, d, *, reverse):
     return y.astype(x.dtype), jnp.stack(states, 1)
 
 
+@_traced_once
 def _associative_vjp(operands, states, grad, *, reverse):
     del states
     forward = lambda *operands: _associative(*operands, reverse=reverse)[0]  # noqa: E731
@@ -264,6 +270,7 @@ def _recur(block, decay, *inputs):
     return lax.fori_loop(0, block.steps, step, start)
 
 
+@_traced_once
 def _loop(x, dt, a, b, c, d, *, reverse):
     (batch, length, dim), states_dim = x.shape, a.shape[-1]
     a = jnp.swapaxes(a, 1, 2).astype(jnp.float32)  # k n d: the wide axis last
@@ -289,6 +296,7 @@ def _loop(x, dt, a, b, c, d, *, reverse):
     return y.astype(x.dtype), stored
 
 
+@_traced_once
 def _loop_vjp(operands, stored, grad, *, reverse):
     x, dt, a, b, c, d = operands
     (batch, length, dim), states_dim = x.shape, a.shape[-1]
