@@ -150,7 +150,9 @@ def _associative(x, dt, a, b, c, d, *, reverse):
         _, h = lax.associative_scan(combine, (decay, drive), reverse=backwards, axis=1)
         y += (h * f32(c[k, :, :, None])).sum(-1) + f32(d[k]) * x32
         walked = h[:, ::-1] if backwards else h
-        before = jnp.pad(walked, ((0, 0), (1, 0), (0, 0), (0, 0)))[:, : -1 : _blocks(x.shape[1])[1]]
+        before = jnp.pad(walked, ((0, 0), (1, 0), (0, 0), (0, 0)))[
+            :, : -1 : _blocks(x.shape[1])[1]
+        ]
         states.append(before.transpose(1, 0, 3, 2))  # chunk b n d
     return y.astype(x.dtype), jnp.stack(states, 1)
 
