@@ -24,8 +24,8 @@ from sparx_jax.typing import Array, Float
 ScanMethod = Literal["auto", "associative", "loop", "sequential"]
 SCAN_METHODS: tuple[str, ...] = get_args(ScanMethod)
 
-# Steps between stored states.  Memory for the backward pass is length / CHUNK states
-# plus CHUNK states; 32 is near the optimum for 49 to 3,136 tokens.
+# Most steps between stored states.  Memory for the backward pass is length / CHUNK
+# states plus a few arrays of CHUNK tokens; 32 is near the optimum for 49 to 3,136.
 CHUNK = 32
 
 
@@ -49,8 +49,9 @@ def selective_scan(
     Methods, equal in value and in every gradient:
       sequential   one plain loop: the oracle of the others
       associative  parallel prefix in log2(l) steps: for accelerators
-      loop         in-place loop with a hand-written gradient that keeps only every
-                   32nd state: for CPUs, 3 to 7 times faster than associative
+      loop         one block of tokens after the other, with a hand-written gradient
+                   that keeps one state a block: for CPUs, 3 to 7 times faster
+                   than associative
       auto         loop on CPU, associative elsewhere, chosen when XLA lowers
     """
     if method not in SCAN_METHODS:
@@ -87,9 +88,9 @@ def _sequential(x, dt, a, b, c, d, *, reverse):
     return total.astype(x.dtype)
 
 
-# The gradient is defined once for all fast methods.  It keeps the inputs and every
-# CHUNK-th state, so that either backward pass may follow either forward pass and
-# `platform_dependent` never has to keep the residuals of two platforms.
+# The gradient is defined once for all fast methods.  It keeps the inputs and the state
+# before each block of tokens, so that either backward pass may follow either forward
+# pass and `platform_dependent` never has to keep the residuals of two platforms.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -253,7 +254,9 @@ def _operands(block, length, x, dt, a, b, c):
 def _recur(block, decay, *inputs):
     """h <- decay h + drive at every step; for each (h, drive): the last h, all before.
 
-    The first pair walks as the block does, the second the other way.
+    The first pair walks as the block does, the second, the gradient's, the other way:
+    neither needs the other, and one loop compiles faster than two.  Everything but
+    this is done for the whole block at once.
     """
     ways = (0, 1), (block.steps - 1, -1)
 
