@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -55,18 +54,17 @@ class BatchNorm(nnx.Module):
         self.use_running_average = True  # the name that nnx's train() and eval() set
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        x32 = x.astype(jnp.float32)
+        scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean, var = (m.reshape(-1) for m in ops.moments(x32, (0, 1, 2)))
-            count = x.size // x.shape[-1]
-            unbiased = var * (count / max(count - 1, 1))
-            for average, new in ((self.mean, mean), (self.var, unbiased)):
-                step = BATCH_NORM_MOMENTUM * (lax.stop_gradient(new) - average[...])
-                average.set_value(average[...] + step)
-        inverse = lax.rsqrt(var + EPS) * self.scale[...]
-        return ((x32 - mean) * inverse + self.bias[...]).astype(x.dtype)
+            inverse = lax.rsqrt(self.var[...] + EPS) * scale
+            return ((x - self.mean[...]) * inverse + bias).astype(x.dtype)
+        y, mean, var = ops.batch_norm(x, scale, bias, eps=EPS)
+        count = x.size // x.shape[-1]
+        unbiased = var * (count / max(count - 1, 1))
+        for average, new in ((self.mean, mean), (self.var, unbiased)):
+            step = BATCH_NORM_MOMENTUM * (new - average[...])
+            average.set_value(average[...] + step)
+        return y
 
 
 def make_norm(kind: Literal["group", "layer"], dim: int) -> GroupNorm | LayerNorm:

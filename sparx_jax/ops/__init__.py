@@ -1,11 +1,12 @@
 """Pure functions of arrays: one contract each, several backends, jax only."""
 
 from sparx_jax.ops.depthwise import depthwise_conv
-from sparx_jax.ops.norm import group_norm, layer_norm, moments
+from sparx_jax.ops.norm import batch_norm, group_norm, layer_norm, moments
 from sparx_jax.ops.scan import SCAN_METHODS, selective_scan
 
 __all__ = [
     "SCAN_METHODS",
+    "batch_norm",
     "depthwise_conv",
     "group_norm",
     "layer_norm",

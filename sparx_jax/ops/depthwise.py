@@ -76,16 +76,21 @@ def _padded(x, pad):
 
 
 def _shifted_sum(x, kernel, *, stride):
-    k, (b, h, w, c) = kernel.shape[0], x.shape
+    k, (_, h, w, c) = kernel.shape[0], x.shape
     height, width = (h - 1) // stride, (w - 1) // stride
-    padded, total = _padded(x, k // 2), None
-    for i in range(k):
-        for j in range(k):
-            end = (b, i + height * stride + 1, j + width * stride + 1, c)
-            window = lax.slice(padded, (0, i, j, 0), end, (1, stride, stride, 1))
-            term = window * kernel[i, j]
-            total = term if total is None else total + term
-    return total
+
+    def one(padded):
+        total = 0
+        for i in range(k):
+            for j in range(k):
+                end = (i + height * stride + 1, j + width * stride + 1, c)
+                window = lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
+                total += window * kernel[i, j]
+        return total
+
+    # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
+    # the k * k products into every operation that reads the result, a dozen of them.
+    return lax.map(one, _padded(x, k // 2))
 
 
 def _shifted_sum_vjp(x, kernel, grad, *, stride):

@@ -1,5 +1,8 @@
 """Normalisations with float32 statistics, whatever the storage dtype."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -27,7 +30,22 @@ def group_norm(
     eps: float,
 ) -> Float[Array, "b h w c"]:
     """GroupNorm with one group: each picture's whole map has mean 0 and variance 1."""
-    return _normalize(x, (1, 2, 3), scale, bias, eps)
+    return _normalize(x, scale, bias, (1, 2, 3), eps)[0]
+
+
+def batch_norm(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "b h w c"], Float[Array, " c"], Float[Array, " c"]]:
+    """BatchNorm in training, with the mean and biased variance that it has used.
+
+    No gradient flows through those two: they are for running averages.
+    """
+    y, mean, variance = _normalize(x, scale, bias, (0, 1, 2), eps)
+    return y, mean.reshape(-1), variance.reshape(-1)
 
 
 def layer_norm(
@@ -38,14 +56,46 @@ def layer_norm(
     eps: float,
 ) -> Float[Array, "b h w c"]:
     """LayerNorm over the channels of every pixel."""
-    return _normalize(x, (3,), scale, bias, eps)
+    return _forward(x, scale, bias, (3,), eps)[0]
 
 
-def _normalize(x, axes, scale, bias, eps):
+def _forward(x, scale, bias, axes, eps):
     x32 = x.astype(jnp.float32)
     mean, variance = moments(x32, axes)
     inverse = lax.rsqrt(variance + eps)
-    return ((x32 - mean) * (inverse * scale) + bias).astype(x.dtype)
+    y = ((x32 - mean) * (inverse * scale) + bias).astype(x.dtype)
+    return y, mean, variance
+
+
+# The gradient by hand: all sums that it needs follow from two over each channel's map.
+# Derived by JAX it would read the map once more, and compile twice as many kernels.
+_normalize = jax.custom_vjp(_forward, nondiff_argnums=(3, 4))
+
+
+def _save(x, scale, bias, axes, eps):
+    results = _forward(x, scale, bias, axes, eps)
+    return results, (x, scale, *results[1:])
+
+
+def _backward(axes, eps, saved, grads):
+    x, scale, mean, variance = saved
+    grad, centred = grads[0].astype(jnp.float32), x.astype(jnp.float32) - mean
+    inverse = lax.rsqrt(variance + eps)
+    over = tuple({0, 3} & set(axes))
+    count = math.prod(x.shape[axis] for axis in axes)
+
+    def average(sums):  # of grad * scale * ..., kept as size-1 axes
+        return (sums * scale).sum(over, keepdims=True) / count
+
+    sums = grad.sum((1, 2), keepdims=True)  # b 1 1 c
+    products = (grad * centred).sum((1, 2), keepdims=True) * inverse
+    shift, slope = average(sums), average(products) * inverse
+    grad_x = (grad * scale - shift - centred * slope) * inverse
+    grad_scale, grad_bias = products.sum((0, 1, 2)), sums.sum((0, 1, 2))
+    return grad_x.astype(x.dtype), grad_scale, grad_bias
+
+
+_normalize.defvjp(_save, _backward)
 
 
 def _mean(x, axes):

@@ -1,0 +1,107 @@
+"""What XLA needs to compile a network: python -m benchmarks.compile
+
+Seconds are CPU time of this process, over all its threads, with no compilation cache.
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from sparx_jax import models
+from sparx_jax.parallel import make_mesh
+from sparx_jax.training import state as states
+from sparx_jax.training.config import default_config, from_config_dict
+from sparx_jax.training.optimizer import learning_rate, make_optimizer
+from sparx_jax.training.step import compile_train_step, cross_entropy, normalize
+
+
+def functions(name, image_size, batch_size):
+    """Name -> (jitted function, arguments) for forward, gradient and training step."""
+    settings = default_config()
+    settings.model.name, settings.model.drop_path_rate = name, 0.1
+    settings.data.image_size, settings.batch_size = image_size, batch_size
+    config = from_config_dict(settings)
+    schedule = learning_rate(config.optimizer, 10, 100)
+    optimizer, mesh = make_optimizer(config.optimizer, schedule), make_mesh(1, 1)
+    network, weights = states.split(models.build(config.model, 0))
+    state = states.TrainState(
+        jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights.params)
+    )
+    images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+    batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
+
+    def loss(params, batch):
+        model = states.merge(network.train, weights._replace(params=params))
+        images = normalize(batch["image"], config.data.mean, config.data.std)
+        logits = model(images, key=jax.random.key(0))
+        return cross_entropy(logits, batch["label"]).mean()
+
+    step = compile_train_step(network, config, optimizer, schedule, state, mesh)
+    return {
+        "forward": (jax.jit(loss), (weights.params, batch)),
+        "gradient": (jax.jit(jax.grad(loss)), (weights.params, batch)),
+        "step": (step, (state, batch)),
+    }
+
+
+def measure(function, args):
+    """Seconds of each phase and what comes out of them."""
+    jax.clear_caches()
+    times = [time.process_time()]
+    traced = function.trace(*args)
+    times.append(time.process_time())
+    lowered = traced.lower()
+    times.append(time.process_time())
+    compiled = lowered.compile()
+    times.append(time.process_time())
+    seconds = np.diff(times).round(2).tolist()
+    before, after = lowered.as_text("hlo"), compiled.as_text()
+    return dict(zip(("trace", "lower", "compile"), seconds, strict=True)) | {
+        "hlo_before": before.count(" = "),
+        "hlo_after": after.count(" = "),
+        "fusions": len(re.findall(r" fusion\(", after)),
+        "temp_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
+    }
+
+
+def main():
+    """Prints the table; `--out` keeps it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sparx_mamba_nano")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--only", nargs="*", help="forward, gradient, step")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+    machine = {
+        "device": jax.devices()[0].device_kind,
+        "cpu": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
+    print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
+    rows = {}
+    for name, task in functions(args.model, args.image_size, args.batch).items():
+        if args.only and name not in args.only:
+            continue
+        row = rows[name] = measure(*task)
+        if len(rows) == 1:
+            print(f"{args.model}, {args.image_size} pixels, batch {args.batch}")
+            print(f"{'':10}", *(f"{key:>10}" for key in row))
+        print(f"{name:10}", *(f"{value:>10}" for value in row.values()), flush=True)
+    if args.out:
+        setting = {k: v for k, v in vars(args).items() if k not in ("out", "only")}
+        args.out.write_text(json.dumps(machine | setting | {"rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
