@@ -4,9 +4,10 @@ python -m benchmarks.input FOLDER --peer_python=TORCH_PYTHON [--workers=1]
 
 FOLDER holds <class>/*.JPEG. timm 1.0.31 with torchvision must be installed for
 TORCH_PYTHON (see timm_loader.py). All take turns, round by round, on the same
-pictures: decode, random crop, flip, RandAugment, batches of uint8, each from WORKERS processes.
-Rates are by wall clock, and by CPU time (the workers' too), that is by core. Prints a table of stages, the ratios (median over the rounds, least, greatest), how far
-the fast pixels are from the exact ones, and one line of JSON last.
+pictures: decode, random crop, flip, RandAugment, batches of uint8, each from WORKERS
+processes. Rates are by wall clock, and by CPU time (the workers' too), that is by core.
+Prints a table of stages, the rates and their ratios to timm's (median over the rounds,
+least, greatest), how far the fast pixels are from the exact ones, and JSON last.
 """
 
 import argparse
