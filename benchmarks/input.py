@@ -1,22 +1,23 @@
 """Training pictures a second, ours against timm's, on a folder of photographs.
 
-python -m benchmarks.input FOLDER --peer_python=TORCH_PYTHON [--workers=2]
+python -m benchmarks.input FOLDER --peer_python=TORCH_PYTHON [--workers=1]
 
 FOLDER holds <class>/*.JPEG. timm 1.0.31 with torchvision must be installed for
 TORCH_PYTHON (see timm_loader.py). All take turns, round by round, on the same
-pictures: decode, random crop, flip, RandAugment, batches of uint8. Without workers CPU
-time is measured, that is pictures a second and core; with workers the wall clock.
-Prints a table of stages, the ratios (median over the rounds, least, greatest), how far
-the fast pixels are from the exact ones, and one line of JSON last.
+pictures: decode, random crop, flip, RandAugment, batches of uint8, each from WORKERS
+processes. Rates are by wall clock, and by CPU time (the workers' too), that is by core.
+Prints a table of stages, the rates and their ratios to timm's (median over the rounds,
+least, greatest), how far the fast pixels are from the exact ones, and JSON last.
 """
 
 import argparse
 import json
+import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -33,54 +34,59 @@ FILL = (124, 116, 104)
 BATCH = 32
 
 
-class Ours:
-    """Batches of `train_batches` in one mode."""
+class Loader:
+    """A process that prepares as many batches as a line of its input says."""
 
-    def __init__(self, decode, source, workers):
-        data = replace(RECIPE, decode=decode, workers=workers)
-        self._batches = train_batches(data, source, batch_size=BATCH, seed=0)
+    def __init__(self, *command):
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
-    def time(self, count, skip):
-        for _ in range(skip):
-            next(self._batches)
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(count):
-            next(self._batches)
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-
-class Timm:
-    """timm's loader in a process of its own."""
-
-    def __init__(self, python, root, workers):
-        script = Path(__file__).parent / "timm_loader.py"
-        self._process = subprocess.Popen(
-            [python, script, root, str(BATCH), str(workers)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def time(self, count, skip):
-        self._process.stdin.write(f"{count} {skip}\n")
+    def read(self, count):
+        """Seconds of wall clock and of CPU, those of its workers included."""
+        wall, cpu = time.perf_counter(), _cpu_seconds(self._process.pid)
+        self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
-        return tuple(map(float, self._process.stdout.readline().split()))
+        assert self._process.stdout.readline() == "done\n"
+        cpu = _cpu_seconds(self._process.pid) - cpu
+        return time.perf_counter() - wall, cpu
 
     def close(self):
         self._process.stdin.close()
         self._process.wait()
 
 
+def _cpu_seconds(pid):
+    """Of a process and its descendants, from Linux's /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A thread may have started them.
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        children = [child for path in threads for child in path.read_text().split()]
+    except OSError:  # it has ended
+        return 0.0
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(_cpu_seconds, children))
+
+
+def serve(mode, source, workers):
+    """What `Loader` talks to: our batches."""
+    data = replace(RECIPE, decode=mode, workers=workers)
+    batches = train_batches(data, source, batch_size=BATCH, seed=0)
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            next(batches)
+        print("done", flush=True)
+
+
 def rates(loaders, rounds, count, workers):
-    """Pictures a second of each loader in each round."""
-    # Whatever was prepared during the turns of the others is not counted.
-    skip = 4 * workers + 2 if workers else 1
-    seconds = {name: [] for name in loaders}
+    """Pictures a second of wall clock and of CPU of each loader in each round."""
+    found = {name: [] for name in loaders}
     for _ in range(rounds):
         for name, loader in loaders.items():
-            wall, cpu = loader.time(count, skip)
-            seconds[name].append(wall if workers else cpu)
-    return {name: [count * BATCH / s for s in all] for name, all in seconds.items()}
+            # What was prepared during the turns of the others is not counted.
+            loader.read(4 * workers + 2)
+            found[name].append([count * BATCH / s for s in loader.read(count)])
+    return {name: np.array(pairs).T for name, pairs in found.items()}
 
 
 def stages(files):
@@ -161,38 +167,50 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--peer_python", required=True)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--serve", choices=("exact", "fast"), help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=8)
     options = parser.parse_args()
     root = Path(options.folder).absolute()
     source = FolderSource(str(root.parent), root.name, root.name)
-    timm = Timm(options.peer_python, root, options.workers)
-    loaders = {"timm": timm} | {
-        mode: Ours(mode, source, options.workers) for mode in ("exact", "fast")
-    }
-    found = rates(loaders, options.rounds, options.batches, options.workers)
-    timm.close()
+    if options.serve:
+        return serve(options.serve, source, options.workers)
+    peer = str(Path(__file__).parent / "timm_loader.py")
+    common = [root, str(BATCH), str(options.workers)]
+    loaders = {"timm": Loader(options.peer_python, peer, *common)}
+    for mode in ("exact", "fast"):
+        command = [sys.executable, *sys.orig_argv[1:], f"--serve={mode}"]
+        loaders[mode] = Loader(*command)
+    try:
+        found = rates(loaders, options.rounds, options.batches, options.workers)
+    finally:
+        for loader in loaders.values():
+            loader.close()
     files = [source[i]["image"] for i in range(len(source))]
     table, apart = stages(files), differences(files)
 
     print(f"{'stage, ms of CPU a picture':30} exact   fast")
     for name, (one, two) in table.items():
         print(f"{name:30} {one:5.2f}  {two:5.2f}")
-    per = f"{options.workers} workers, wall clock" if options.workers else "core"
     result = {"workers": options.workers, "ms": table, "grey levels apart": apart}
     for name, values in found.items():
-        ratios = [a / b for a, b in zip(values, found["timm"], strict=True)]
-        result[name] = {
-            "images_per_s": median(values),
-            "ratio": median(ratios),
-            "least": min(ratios),
-            "greatest": max(ratios),
-        }
-        print(
-            f"{name:6} {median(values):6.0f} pictures/s ({per}), {median(ratios):.2f} "
-            f"times timm ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        result[name] = {}
+        for clock, all_, peers in zip(
+            ("wall", "core"), values, found["timm"], strict=True
+        ):
+            ratios = all_ / peers
+            result[name][clock] = {
+                "images_per_s": float(np.median(all_)),
+                "ratio": float(np.median(ratios)),
+                "least": float(ratios.min()),
+                "greatest": float(ratios.max()),
+            }
+            print(
+                f"{name:6} {np.median(all_):6.0f} pictures/s ({clock}), "
+                f"{np.median(ratios):.2f} times timm "
+                f"({ratios.min():.2f} to {ratios.max():.2f})"
+            )
     print(json.dumps(result))
 
 
