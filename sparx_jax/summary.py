@@ -185,7 +185,7 @@ def table(
     """
     pictures = f"{batch} x {size[0]} x {size[1]}"
     head = ["model", "params M", "GMACs", "connections", f"activations, {pictures}"]
-    head += ["published M", "GMACs", "top-1 %"]
+    head += ["published M", "published GMACs", "published top-1 %"]
     rows = [head] + [_row(name, c, size, batch) for name, c in configs.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if markdown:

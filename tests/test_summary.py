@@ -25,9 +25,9 @@ def gmacs(config, *sizes):
     return [round(summary.macs(config, (size, size)) / 1e9, 2) for size in sizes]
 
 
-def stage_3(stride, window):
+def stage_3(stride, window, name="sparx_mamba_t"):
     connector = dict(stride=(0, 1, stride, 1), window=(None, None, window, None))
-    return model_config("sparx_mamba_t", connector=connector)
+    return model_config(name, connector=connector)
 
 
 def macs_of(function, *shapes):
@@ -77,6 +77,52 @@ def test_sizes_of_other_connections_in_stage_3(stride, window, millions, work):
     config = stage_3(stride, window)
     assert round(summary.parameters(config) / 1e6, 2) == millions
     assert gmacs(config) == [work]
+
+
+@pytest.mark.parametrize(
+    ("name", "manifest"),
+    [
+        ("swin_t", "swin_tiny_patch4_window7_224"),
+        pytest.param("vmamba_t", "vmambav2v_tiny_224", marks=pytest.mark.slow),
+    ],
+)
+def test_work_of_the_baselines_is_that_of_their_modules(name, manifest):
+    counted = json.loads((MANIFESTS / f"{manifest}.json").read_text())
+    counted = counted["flops_224_batch1"]
+    theirs = counted["matmul_conv_gmacs"] + counted["scan_gflops_9BLDN_plus_BLD"]
+    ours = summary.macs(model_config(name), (224, 224)) / 1e9
+    assert ours == pytest.approx(theirs, abs=1.01e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "work"),
+    [
+        ("sparx_swin_t", 25.4, 4.90),
+        pytest.param("sparx_swin_s", 44.2, 8.66, marks=pytest.mark.slow),
+        pytest.param("sparx_swin_b", 83.7, 16.0, marks=pytest.mark.slow),
+    ],
+)
+def test_sizes_of_sparx_swin_are_those_of_its_design(name, millions, work):
+    config = model_config(name)
+    assert summary.parameters(config) / 1e6 == pytest.approx(millions, rel=1e-3)
+    assert gmacs(config) == pytest.approx([work], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stride", "window", "work"),
+    [
+        (3, 1, 4.74),
+        (2, 1, 4.78),
+        (2, 2, 4.86),
+        (2, 3, 4.90),
+        (1, 1, 4.90),
+        (1, 3, 5.26),
+        (1, None, 5.51),
+    ],
+)
+def test_work_of_other_connections_in_stage_3_of_sparx_swin(stride, window, work):
+    assert gmacs(stage_3(stride, window, "sparx_swin_t")) == [work]
 
 
 def test_size_without_the_connector():
