@@ -231,8 +231,8 @@ def wiring_figure(configs: Mapping[str, ModelConfig]) -> Figure:
 
 def write_wiring(path: str | os.PathLike, configs: Mapping[str, ModelConfig]) -> None:
     """Writes `wiring_figure(configs)` as a PNG whose text `Wiring` is the tables."""
-    image = _render(wiring_figure(configs)).quantize(128)  # few colours: a small file
-    _save(image, path, Wiring=wiring_text(configs))
+    image = render(wiring_figure(configs)).quantize(128)  # few colours: a small file
+    save(image, path, Wiring=wiring_text(configs))
 
 
 def report_figure(
@@ -251,8 +251,8 @@ def report_figure(
     rows = -(-min(len(wrong), MAX_WRONG) // WRONG_COLUMNS)
     figure = Figure(figsize=(WIDTH, 7.95 + max(1.95 * rows, 0.5)), dpi=DPI)
     FigureCanvasAgg(figure)
-    _write(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
-    _write(figure, 0.4, 0.68, _summary(history), size=9, color=GREY)
+    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
+    write_line(figure, 0.4, 0.68, _summary(history), size=9, color=GREY)
     _draw_curves(figure, history)
     draw_wiring(_add_axes(figure, 0.4, 5.15, WIDTH - 0.7, 2.3), model, "Wiring")
     _draw_wrong_answers(figure, wrong, top=7.85)
@@ -269,7 +269,7 @@ def write_report(
 ) -> None:
     """Writes `report_figure` as a PNG of 110 pixels an inch."""
     figure = report_figure(history=history, wrong=wrong, model=model, title=title)
-    _save(_render(figure), path, Title=title)
+    save(render(figure), path, Title=title)
 
 
 def series(history: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -303,10 +303,10 @@ def _summary(history):
 
 def _draw_curves(figure, history):
     left, right, width = 0.75, 6.7, 4.95
-    loss = _panel(figure, left, 1.2, width, 2.35, "Loss")
-    rate = _panel(figure, left, 3.95, width, 0.55, "Learning rate")
-    top1 = _panel(figure, right, 1.2, width, 2.35, "Top-1 accuracy, %")
-    speed = _panel(figure, right, 3.95, width, 0.55, "Images per second")
+    loss = panel(figure, left, 1.2, width, 2.35, "Loss")
+    rate = panel(figure, left, 3.95, width, 0.55, "Learning rate")
+    top1 = panel(figure, right, 1.2, width, 2.35, "Top-1 accuracy, %")
+    speed = panel(figure, right, 3.95, width, 0.55, "Images per second")
     smoothed = any("raw_top1" in record for record in history)
     evaluation = "evaluation, EMA weights" if smoothed else "evaluation"
     raw = dict(label="evaluation, raw weights", color=ORANGE, ls="--")
@@ -329,7 +329,10 @@ def _draw_curves(figure, history):
     _mark_best(top1, history)
 
 
-def _panel(figure, left, top, width, height, title):
+def panel(
+    figure: Figure, left: float, top: float, width: float, height: float, title: str
+) -> Axes:
+    """Axes in the style of the reports, placed in inches from the upper left corner."""
     axes = _add_axes(figure, left, top, width, height)
     axes.set_title(title, loc="left", size=9.5, weight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -400,9 +403,9 @@ def _draw_wrong_answers(figure, wrong, top):
     heading = "Wrong answers"
     if len(wrong) > MAX_WRONG:
         heading += f": the {MAX_WRONG} most confident of {len(wrong):,}"
-    _write(figure, 0.4, top - 0.05, heading, size=11, weight="bold")
+    write_line(figure, 0.4, top - 0.05, heading, size=11, weight="bold")
     if not shown:
-        _write(figure, 0.4, top + 0.2, "None among the pictures looked at.", size=9)
+        write_line(figure, 0.4, top + 0.2, "None among the pictures looked at.", size=9)
     pitch = (WIDTH - 0.7) / WRONG_COLUMNS
     for index, answer in enumerate(shown):
         row, column = divmod(index, WRONG_COLUMNS)
@@ -423,10 +426,18 @@ def _draw_answer(figure, left, top, answer):
     )
     for index, (text, style) in enumerate(lines):
         y = top + 1.4 + 0.145 * index
-        _write(figure, left, y, text, size=7.5, width=1.32, **style)
+        write_line(figure, left, y, text, size=7.5, width=1.32, **style)
 
 
-def _write(figure, left, top, text, *, width=None, **style):
+def write_line(
+    figure: Figure,
+    left: float,
+    top: float,
+    text: str,
+    *,
+    width: float | None = None,
+    **style,
+) -> None:
     """One line of text, its baseline `top` inches from the top; cut at `width`."""
     x, y = left / WIDTH, 1 - top / figure.get_figheight()
     text = " ".join(text.split())
@@ -455,13 +466,14 @@ def _add_axes(figure, left, top, width, height):
     return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
-def _render(figure):
+def render(figure: Figure) -> Image.Image:
+    """The figure as an RGB picture."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _save(image, path, **texts):
+def save(image: Image.Image, path: str | os.PathLike, **texts: str) -> None:
     """Writes a PNG with named texts in it; a reader never sees half a file."""
     path, info = Path(path), PngInfo()
     for name, text in texts.items():

@@ -15,10 +15,10 @@ from sparx_jax.plots import (
     INK,
     ORANGE,
     WIDTH,
-    _panel,
-    _render,
-    _save,
-    _write,
+    panel,
+    render,
+    save,
+    write_line,
 )
 
 
@@ -45,11 +45,11 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 1.6 + 0.36 * len(groups)), dpi=DPI)
     FigureCanvasAgg(figure)
     note = "top-1, %, after the last step; dots: single runs, bar: mean ± deviation"
-    _write(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
-    _write(figure, 0.4, 0.68, note, size=9, color=GREY)
+    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
+    write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
     left = min(5.0, 0.5 + 0.08 * max(len(group.name) for group in groups))
     height = 0.36 * len(groups)
-    axes = _panel(figure, left, 0.9, WIDTH - left - 2.2, height, "")
+    axes = panel(figure, left, 0.9, WIDTH - left - 2.2, height, "")
     for row, (name, planned, top1) in enumerate(groups):
         if len(top1) > 1:
             low, high = (mean(top1) + sign * stdev(top1) for sign in (-1, 1))
@@ -58,10 +58,10 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
             axes.plot(mean(top1), row, "|", ms=14, mew=2, color=BLUE)
         axes.plot(top1, [row] * len(top1), "o", ms=4, color=ORANGE, mew=0, alpha=0.8)
         y = 0.9 + 0.36 * (row + 0.5) + 0.05
-        _write(figure, 0.4, y, name, size=8.5, color=INK, width=left - 0.5)
+        write_line(figure, 0.4, y, name, size=8.5, color=INK, width=left - 0.5)
         count = f"n = {len(top1)}" + f" of {planned}" * (len(top1) < planned)
         text = f"{spread(top1)},  {count}"
-        _write(figure, WIDTH - 2.0, y, text, size=8.5, color=INK)
+        write_line(figure, WIDTH - 2.0, y, text, size=8.5, color=INK)
     axes.set(ylim=(len(groups) - 0.5, -0.5), yticks=[])
     axes.xaxis.set_major_formatter("{x:,.6g}")
     if not any(group.top1 for group in groups):
@@ -71,4 +71,4 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
 
 def write_sweep(path: str | os.PathLike, groups: Sequence[Group], title: str) -> None:
     """Writes `sweep_figure` as a PNG."""
-    _save(_render(sweep_figure(groups, title)), path, Title=title)
+    save(render(sweep_figure(groups, title)), path, Title=title)
