@@ -38,8 +38,9 @@ VARIANTS = {
 def get_config(variant: str = "sparx_mamba_t"):
     """The settings of one variant.
 
-    Source: the authors' train scripts (scripts/train_sparx_mamba_*.sh) and, for what
-    these leave open, the defaults of their trainer, a copy of timm's; marked [d].
+    Source: the authors' train scripts and the defaults of their trainer. Ours are the
+    type bfloat16 (theirs: mixed precision), the number of workers and the batch of the
+    evaluation.
     """
     if variant not in VARIANTS:
         raise UserError(
@@ -49,42 +50,42 @@ def get_config(variant: str = "sparx_mamba_t"):
     config = default_config()
     config.model.name = variant
     config.model.drop_path_rate, config.data.crop_ratio = VARIANTS[variant]
-    config.model.dtype = "bfloat16"  # theirs: float16 with a loss scale
+    config.model.dtype = "bfloat16"
 
     config.data.name = "folder"
     config.data.eval_split = "val"
     config.data.image_size = 224  # pixels
     config.data.crop = "resized"
-    config.data.scale = (0.08, 1.0)  # [d] share of the area
-    config.data.interpolation = "random"  # [d] bilinear or bicubic
-    config.data.flip = True  # [d] half of the pictures
-    config.data.rand_augment = "rand-m9-mstd0.5-inc1"  # [d]
-    config.data.mean = (0.485, 0.456, 0.406)  # [d]
-    config.data.std = (0.229, 0.224, 0.225)  # [d]
-    config.data.workers = 16  # processes a host; theirs: a GPU
+    config.data.scale = (0.08, 1.0)  # share of the area
+    config.data.interpolation = "random"  # bilinear or bicubic
+    config.data.flip = True  # half of the pictures
+    config.data.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.workers = 16  # processes a host
 
-    config.mixing.mixup = 0.8  # [d]
-    config.mixing.cutmix = 1.0  # [d]
-    config.mixing.probability = 1.0  # [d]
-    config.mixing.switch = 0.5  # [d]
-    config.mixing.erasing = 0.25  # [d] probability; noise a pixel
-    config.label_smoothing = 0.1  # [d]
+    config.mixing.mixup = 0.8
+    config.mixing.cutmix = 1.0
+    config.mixing.probability = 1.0
+    config.mixing.switch = 0.5
+    config.mixing.erasing = 0.25  # probability; noise a pixel
+    config.label_smoothing = 0.1
 
     config.batch_size = 2048  # pictures: 8 GPUs x 256
     config.eval_batch_size = 2048
     config.train_epochs = 300.0
-    config.cooldown_epochs = 10.0  # [d]
+    config.cooldown_epochs = 10.0
     config.optimizer.lr = 4e-3  # for this batch size
     config.optimizer.warmup_epochs = 20.0
-    config.optimizer.warmup_lr = 1e-6  # [d]
+    config.optimizer.warmup_lr = 1e-6
     config.optimizer.min_lr = 1e-5
     config.optimizer.weight_decay = 0.05
     config.optimizer.clip_norm = 5.0  # of the whole gradient
-    config.optimizer.beta1 = 0.9  # [d]
-    config.optimizer.beta2 = 0.999  # [d]
-    config.optimizer.eps = 1e-8  # [d]
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.eps = 1e-8
     config.use_ema = True
-    config.ema_decay = 0.9998  # a step; [d]
+    config.ema_decay = 0.9998  # a step
     return config if variant.startswith("sparx_mamba") else _as_swin(config)
 
 
