@@ -83,10 +83,10 @@ def _train(setup, workdir, checkpoints, watch):
         config.model, optimizer, seed=config.seed, use_ema=config.use_ema, mesh=mesh
     )
     num_params = sum(array.size for array in state.weights.params.values())
-    _write_config(workdir, config, num_params)
     start = checkpoints.latest_step() or 0
     if start:
         state = checkpoints.restore(start, state, as_dict(config)["model"])
+    _write_config(workdir, config, num_params)  # last: a refused run writes nothing
     say(
         f"{config.model_name}, {num_params:,} parameters, {len(train_source):,} "
         f"pictures of {len(train_source.class_names)} classes, {mesh.size} "
