@@ -1,13 +1,22 @@
-"""Checkpoints by Orbax: four items a step, the best and the latest step kept."""
+"""Checkpoints by Orbax, four items a step, with fingerprints of every array."""
 
+import contextlib
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from sparx_jax.errors import UserError
+from sparx_jax.errors import StorageError, UserError
+from sparx_jax.parallel.processes import together
+from sparx_jax.training.config import changes
+from sparx_jax.training.fingerprint import differing, fingerprints
+from sparx_jax.training.logging import say
 from sparx_jax.training.state import TrainState, Weights, abstract
 
 WeightKind = Literal["raw", "ema"]
@@ -15,15 +24,29 @@ WeightKind = Literal["raw", "ema"]
 # Separate items, so that evaluation reads no more than the weights that it wants.
 ITEMS = ("params", "ema", "optimizer", "meta")
 # Settings of a model that change no shape: a checkpoint serves all of their values.
-_FREE_MODEL_SETTINGS = ("drop_path_rate", "dtype", "scan_method")
+_FREE_MODEL_SETTINGS = ("drop_path_rate", "dtype", "scan_method", "remat")
+# How Orbax and TensorStore tell of a disk that is full or must not be written.
+_STORAGE_SIGNS = (
+    "RESOURCE_EXHAUSTED",
+    "No space left",
+    "File too large",
+    "Disk quota",
+    "Read-only file system",
+    "Permission denied",
+    "Input/output error",
+)
+
+
+class DamagedError(UserError):
+    """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of a work folder.
+    """The checkpoints of a work folder: the best, the two latest.
 
     `params` and `ema` hold the network's arrays by path, parameters and BatchNorm
     statistics alike; `optimizer` the moments; `meta` a JSON object with `step`,
-    `config` and `metrics`.
+    `config`, `metrics` and `fingerprints`.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -38,45 +61,66 @@ class Checkpoints:
 
         keep = preservation_policy.AnyPreservationPolicy(
             [
-                preservation_policy.LatestN(1),
+                preservation_policy.LatestN(2),  # one to fall back to
                 preservation_policy.BestN(
                     get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False
                 ),
             ]
         )
-        self._manager = ocp.CheckpointManager(
-            self.path,
-            item_names=ITEMS,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=top1,  # without it Orbax would not store the metrics
-                best_mode="max",
-                read_only=read_only,
-                preservation_policy=None if read_only else keep,
-                cleanup_tmp_directories=not read_only,
-            ),
-        )
+        with self._storage_errors():
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                item_names=ITEMS,
+                options=ocp.CheckpointManagerOptions(
+                    best_fn=top1,  # without it Orbax would not store the metrics
+                    best_mode="max",
+                    read_only=read_only,
+                    preservation_policy=None if read_only else keep,
+                    cleanup_tmp_directories=not read_only,
+                ),
+            )
 
-    def save(self, state: TrainState, config: dict, metrics: dict[str, float]) -> None:
-        """Starts to write a step; `metrics["top1"]` ranks it."""
+    def save(
+        self, state: TrainState, config: dict, metrics: dict[str, float] | None
+    ) -> None:
+        """Starts to write a step; `metrics["top1"]`, if known by now, ranks it.
+
+        Raises StorageError if this or the write before it fails.
+        """
         step = int(state.step)
         items = {
-            "params": ocp.args.StandardSave(_as_item(state.weights)),
-            "optimizer": ocp.args.StandardSave(state.opt_state),
-            "meta": ocp.args.JsonSave(
-                {"step": step, "config": config, "metrics": metrics}
-            ),
+            "params": _as_item(state.weights),
+            "ema": state.ema and _as_item(state.ema),
+            "optimizer": state.opt_state,
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(_as_item(state.ema))
-        saved = self._manager.save(
-            step, args=ocp.args.Composite(**items), metrics=metrics
-        )
+        items = {name: item for name, item in items.items() if item is not None}
+        meta = {
+            "step": step,
+            "config": config,
+            "metrics": metrics,
+            "fingerprints": {k: fingerprints(item) for k, item in items.items()},
+        }
+        args = {k: ocp.args.StandardSave(item) for k, item in items.items()}
+        args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
+        self.wait()
+        with self._storage_errors():
+            if step in self._manager.all_steps():  # now its metrics are known
+                self._manager.delete(step)
+            saved = self._manager.save(step, args=args, metrics=metrics)
         if not saved:  # Orbax says no more than that
             raise RuntimeError(f"Orbax did not save step {step} in {self.path}")
 
     def wait(self) -> None:
-        """Waits for the write in progress."""
-        self._manager.wait_until_finished()
+        """Waits for the write in progress.
+
+        Raises StorageError on all processes if it failed on one.
+        """
+
+        def finish():
+            with self._storage_errors():
+                self._manager.wait_until_finished()
+
+        together(finish)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -102,38 +146,57 @@ class Checkpoints:
         return int(which)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON object of a step."""
+        """The JSON object of a step.  Raises DamagedError."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["meta"]
+        with self._damage(step):
+            return dict(self._manager.restore(step, args=args)["meta"])
 
     def restore(self, step: int, like: TrainState, model: dict) -> TrainState:
-        """The state of a step, with the shapes and shardings of `like`."""
-        self._check_model(step, model)
-        items = {
-            "params": _target(_as_item(like.weights)),
-            "optimizer": _target(like.opt_state),
-        }
+        """The state of a step, with the shapes and shardings of `like`.
+
+        Raises UserError if it is of another model, DamagedError if it is not what was
+        saved.
+        """
+        targets = {"params": _as_item(like.weights), "optimizer": like.opt_state}
         if like.ema is not None:
-            items["ema"] = _target(_as_item(like.ema))
-            self._require_ema(step)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            targets["ema"] = _as_item(like.ema)
+        restored = self._restore(step, targets, model)
         weights = _from_item(restored["params"], like.weights)
         ema = like.ema and _from_item(restored["ema"], like.ema)
-        step_array = jax.device_put(
-            jax.numpy.asarray(step, like.step.dtype), like.step.sharding
-        )
+        step_array = jax.device_put(jax.device_get(like.step) * 0 + step, like.step.sharding)
         return TrainState(step_array, weights, ema, restored["optimizer"])
+
+    def restore_latest(self, like: TrainState, model: dict) -> TrainState | None:
+        """The newest state that is undamaged, or None if nothing was saved.
+
+        Damaged steps are moved to `damaged/` in the work folder, and told.
+
+        Raises UserError if all are damaged, or as `restore`.
+        """
+        damaged = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state = together(lambda step=step: self.restore(step, like, model))
+            except DamagedError as error:
+                say(f"{error} Looking for an earlier one.")
+                damaged.append(step)
+                continue
+            self._set_aside(damaged)
+            return state
+        if damaged:
+            raise DamagedError(
+                f"no checkpoint in {self.path} can be used, all of {damaged} are "
+                "damaged: restore the folder from a copy or give another --workdir."
+            )
+        return None
 
     def restore_weights(
         self, step: int, kind: WeightKind, like: Weights, model: dict
     ) -> Weights:
-        """Only the raw or averaged weights of a step."""
-        self._check_model(step, model)
-        if kind == "ema":
-            self._require_ema(step)
+        """Only the raw or averaged weights of a step.  Raises as `restore`."""
         item = "params" if kind == "raw" else "ema"
-        args = ocp.args.Composite(**{item: _target(_as_item(like))})
-        return _from_item(self._manager.restore(step, args=args)[item], like)
+        restored = self._restore(step, {item: _as_item(like)}, model)
+        return _from_item(restored[item], like)
 
     def has_ema(self, step: int) -> bool:
         """Whether the step holds averaged weights."""
@@ -143,25 +206,75 @@ class Checkpoints:
         """Waits and lets go."""
         self._manager.close()
 
-    def _require_ema(self, step):
-        if not self.has_ema(step):
+    def _restore(self, step, targets, model):
+        meta = self.meta(step)
+        self._check_model(step, meta, model)
+        if "ema" in targets and not self.has_ema(step):
             raise UserError(
                 f"checkpoint {step} in {self.path} was saved without a moving average: "
                 "set config.use_ema=False, and in eval.py --weights=raw."
             )
+        args = {
+            k: ocp.args.StandardRestore(abstract(item)) for k, item in targets.items()
+        }
+        with self._damage(step):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            saved = {name: meta["fingerprints"][name] for name in targets}
+        for name in targets:
+            if wrong := differing(saved[name], fingerprints(restored[name])):
+                raise DamagedError(
+                    f"checkpoint {step} in {self.path} is damaged: {name} "
+                    f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} "
+                    "differs from what was saved."
+                )
+        return restored
 
-    def _check_model(self, step, model):
-        saved = self.meta(step)["config"]["model"]
-        wanted = _plain(model)
+    @contextlib.contextmanager
+    def _damage(self, step) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises errors of every kind
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise DamagedError(
+                f"checkpoint {step} in {self.path} is damaged: it cannot be read "
+                f"({type(error).__name__}: {reason[0][:200]})."
+            ) from error
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            signs = [sign for sign in _STORAGE_SIGNS if sign in str(error)]
+            if not isinstance(error, OSError) and not signs:
+                raise
+            reason = signs[0] if signs else error
+            raise StorageError(
+                f"{self.path} cannot be written ({reason}): make room or give another "
+                "--workdir, then start again; the checkpoints before are intact."
+            ) from error
+
+    def _set_aside(self, steps):
+        folder = self.path.parent / "damaged"
+        if steps and jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            for step in steps:
+                os.replace(self.path / str(step), folder / f"{step}-{time.time_ns()}")
+            say(f"moved damaged checkpoint(s) {steps} to {folder}")
+        if steps:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+    def _check_model(self, step, meta, model):
         differing = [
-            f"{key}={saved.get(key)!r} there, {wanted.get(key)!r} here"
-            for key in wanted.keys() | saved.keys()
-            if saved.get(key) != wanted.get(key) and key not in _FREE_MODEL_SETTINGS
+            change
+            for change in changes(meta["config"]["model"], model)
+            if change.split("=")[0] not in _FREE_MODEL_SETTINGS
         ]
         if differing:
             raise UserError(
                 f"checkpoint {step} in {self.path} is of another model: "
-                f"{'; '.join(sorted(differing))}; use the config it was trained with "
+                f"{'; '.join(differing)}; use the config it was trained with "
                 "or another --workdir."
             )
 
@@ -172,14 +285,3 @@ def _as_item(weights):
 
 def _from_item(item, like):
     return Weights(*({path: item[path] for path in arrays} for arrays in like))
-
-
-def _target(tree):
-    return ocp.args.StandardRestore(abstract(tree))
-
-
-def _plain(value):
-    """As JSON gives it back: lists for tuples."""
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,6 +1,7 @@
 """What train.py, eval.py and sweeps share: flags, one-sentence errors, exit codes."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sparx_jax.errors import UserError
+from sparx_jax.errors import Preempted, UserError
+from sparx_jax.parallel import processes
 from sparx_jax.training.config import default_config, from_config_dict
-
-EXIT_BAD_INPUT = 78
-"""EX_CONFIG: restarting will not help."""
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/digits.py.", lock_config=True
@@ -22,13 +21,25 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics.jsonl, report.png."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ["auto", "on", "off"],
+    "Whether to join other processes; auto: if a cluster or the environment names any.",
+)
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout_s", 300, "Longest wait for the other processes.", lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_s", 100, "Silence after which a process is dead.", lower_bound=1
+)
 
 
 def run(main: Callable) -> None:
     """Calls `main(config, workdir)` with the ConfigDict of the command line.
 
-    Bad input, known by UserError or by the flag library, ends the program with one
-    sentence and exit code 78.
+    What a UserError tells and what the flag library refuses ends the program with one
+    sentence and the exit code of `sparx_jax.errors`.
     """
 
     def guarded(argv):
@@ -39,9 +50,21 @@ def run(main: Callable) -> None:
             cache = Path.home() / ".cache/sparx_jax/xla"
             jax.config.update("jax_compilation_cache_dir", str(cache))
         try:
+            processes.start(
+                _DISTRIBUTED.value,
+                start_timeout_s=_START_TIMEOUT.value,
+                heartbeat_timeout_s=_HEARTBEAT_TIMEOUT.value,
+            )
             main(_CONFIG.value, _WORKDIR.value)
         except UserError as error:
             _fail(error)
+        except Exception as error:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            if lost := processes.lost_peer(error):
+                _fail(lost)
+            processes.end(1)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -114,7 +137,8 @@ def _check(values):
     from_config_dict(values["config"].value)
 
 
-def _fail(error) -> NoReturn:
+def _fail(error: UserError) -> NoReturn:
     message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_BAD_INPUT)
+    label = "" if isinstance(error, Preempted) else "error: "
+    print(f"{label}{message}", file=sys.stderr, flush=True)
+    processes.end(error.exit_code)

@@ -230,6 +230,30 @@ def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def changes(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Settings that two results of `as_dict` do not share, each as "a.b=1 there, 2 here".
+
+    A setting that `saved` does not know, since it is of an older version, is no change.
+    """
+    there, here = _flat(saved), _flat(new)
+    return [
+        f"{key}={there[key]!r} there, {here[key]!r} here"
+        for key in sorted(there.keys() & here.keys())
+        if there[key] != here[key]
+    ]
+
+
+def _flat(values, prefix=""):
+    """By dotted path, with lists for tuples, as JSON gives them back."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def _nested(kind, values, prefix):
     known = get_type_hints(kind)
     for key in values.keys() - known.keys():

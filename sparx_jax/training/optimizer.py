@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
@@ -16,6 +17,9 @@ WEIGHT_DECAY_RULES = (
     (r"\.position_bias$", False),  # exempt in Swin's trainer
     (r"\.(kernel|x_proj|dt_proj|dt_bias|a_log)$", True),
 )
+
+# Of the optimizer's vectors, whatever the mesh, so that any `fsdp` can split them.
+LENGTH_MULTIPLE = 1024
 
 
 def is_decayed(path: str) -> bool:
@@ -78,7 +82,10 @@ def _vectors(arrays):
     raveled = {name: ravel_pytree(group) for name, group in groups.items()}
 
     def split(vectors):
-        parts = [raveled[name][1](vectors[name]) for name in groups]
+        parts = [back(vectors[n][: v.size]) for n, (v, back) in raveled.items()]
         return parts[0] | parts[1]
 
-    return {name: vector for name, (vector, _) in raveled.items()}, split
+    def padded(vector):
+        return jnp.pad(vector, (0, -vector.size % LENGTH_MULTIPLE))
+
+    return {name: padded(vector) for name, (vector, _) in raveled.items()}, split

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sparx_jax import models
-from sparx_jax.parallel import state_shardings
+from sparx_jax.parallel import check_rules, state_shardings
 from sparx_jax.typing import Array
 
 
@@ -67,13 +67,16 @@ def init(
 ) -> tuple[Network, TrainState]:
     """A fresh state on the mesh; every process draws the same weights from `seed`."""
     network, weights = split(models.build(config, seed))
+    weights = jax.device_get(weights)  # every process gives the same to its devices
 
     def first(weights):
         ema = jax.tree.map(jnp.copy, weights) if use_ema else None
         step = jnp.zeros((), jnp.int32)
         return TrainState(step, weights, ema, optimizer.init(weights.params))
 
-    shardings = state_shardings(jax.eval_shape(first, weights), mesh)
+    state = jax.eval_shape(first, weights)
+    check_rules(state)
+    shardings = state_shardings(state, mesh)
     return network, jax.jit(first, out_shardings=shardings)(weights)
 
 

@@ -58,7 +58,11 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One update of weights, statistics, moments and moving average."""
+    """One update of weights, statistics, moments and moving average.
+
+    Where the loss or the gradient is not finite only the step number and the
+    schedule's move on: no NaN gets into the state.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     targets = smooth_targets(
         batch["label"], config.model.num_classes, config.label_smoothing
@@ -74,16 +78,27 @@ def train_step(
 
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
     (loss, stats), grads = gradient(state.weights.params)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    def if_finite(new, old):
+        counter = jnp.issubdtype(new.dtype, jnp.integer)
+        return new if counter else jnp.where(finite, new, old)
+
     updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
     weights = Weights(optax.apply_updates(state.weights.params, updates), stats)
+    weights, opt_state = jax.tree.map(
+        if_finite, (weights, opt_state), (state.weights, state.opt_state)
+    )
     ema = state.ema
     if ema is not None:  # as one vector: see make_optimizer
         (new, _), (old, split) = ravel_pytree(weights), ravel_pytree(ema)
-        ema = split(old + (1.0 - config.ema_decay) * (new - old))
+        ema = split(old + jnp.where(finite, 1.0 - config.ema_decay, 0) * (new - old))
     metrics = {
         "train_loss": loss,
         "learning_rate": schedule(state.step),
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
+        "skipped": ~finite,
     }
     return TrainState(state.step + 1, weights, ema, opt_state), metrics
 
@@ -128,7 +143,8 @@ def compile_train_step(
         donate_argnums=1,
     )
     # An argument, not a constant: runs that differ in the seed share what is compiled.
-    return partial(step, np.uint32(config.seed % 2**32))
+    seed = jax.device_put(np.uint32(config.seed % 2**32), replicated(mesh))
+    return partial(step, seed)
 
 
 def compile_eval_step(
