@@ -4,8 +4,20 @@ python train.py --config=configs/digits.py --workdir=runs/digits
 python train.py --config=configs/digits.py --workdir=runs/w --config.batch_size=32
 """
 
+from absl import flags
+
 from sparx_jax.training import cli
 from sparx_jax.training.loop import train
 
+ALLOW = flags.DEFINE_bool(
+    "allow_config_change", False, "Goes on from a checkpoint of other settings."
+)
+
+
+def main(config, workdir):
+    """Trains with the flags."""
+    train(config, workdir, allow_config_change=ALLOW.value)
+
+
 if __name__ == "__main__":
-    cli.run(train)
+    cli.run(main)

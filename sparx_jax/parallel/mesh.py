@@ -76,7 +76,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def state_shardings(
     tree: Any, mesh: Mesh, rules: Sequence[tuple[str, str]] = RULES
 ) -> Any:
-    """Shardings for a tree of arrays or `ShapeDtypeStruct`s, by the names of its leaves.
+    """Shardings for a tree of arrays or `ShapeDtypeStruct`s, by its leaves' names.
 
     A leaf that the rules call "split" and that has at least `MIN_SPLIT_SIZE` elements
     is split over `fsdp` along its largest axis that it divides.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -163,7 +164,8 @@ class Checkpoints:
         restored = self._restore(step, targets, model)
         weights = _from_item(restored["params"], like.weights)
         ema = like.ema and _from_item(restored["ema"], like.ema)
-        step_array = jax.device_put(jax.device_get(like.step) * 0 + step, like.step.sharding)
+        number = np.asarray(step, like.step.dtype)
+        step_array = jax.device_put(number, like.step.sharding)
         return TrainState(step_array, weights, ema, restored["optimizer"])
 
     def restore_latest(self, like: TrainState, model: dict) -> TrainState | None:

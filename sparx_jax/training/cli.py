@@ -1,5 +1,6 @@
 """What train.py, eval.py and sweeps share: flags, one-sentence errors, exit codes."""
 
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,10 +12,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from sparx_jax.errors import Preempted, UserError
+from sparx_jax.errors import Preempted, StorageError, UserError
 from sparx_jax.parallel import processes
 from sparx_jax.training.config import default_config, from_config_dict
 
+_STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/digits.py.", lock_config=True
 )
@@ -59,6 +61,8 @@ def run(main: Callable) -> None:
         except UserError as error:
             _fail(error)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+                _fail(StorageError(f"{error}: make room, then start again."))
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()

@@ -11,6 +11,13 @@ from sparx_jax.checks import check_types, require
 from sparx_jax.data import rand_augment
 from sparx_jax.errors import UserError
 
+# Settings that change nothing of what a run computes, patterns of their paths.
+FREE_SETTINGS = (
+    r"data\.(root|workers)|mesh\..*|model\.(scan_method|remat)|tensorboard|"
+    r"eval_batch_size|eval_every_epochs|log_every_steps|checkpoint_every_steps|"
+    r"max_skipped_steps|profile_steps"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -83,7 +90,7 @@ class MixingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per axis; -1: the rest.  See `parallel.make_mesh`."""
+    """Devices per axis; -1: the rest.  See `parallel.make_mesh` and its `RULES`."""
 
     data: int = -1
     fsdp: int = 1
@@ -114,6 +121,12 @@ class Config:
     ema_decay: float = 0.9998
     eval_every_epochs: float = 1.0
     """Every evaluation is followed by a checkpoint."""
+    checkpoint_every_steps: int = 0
+    """More checkpoints, between evaluations; 0: none."""
+    max_skipped_steps: int = 10
+    """In a row, because loss or gradient was not finite; one more ends the run."""
+    profile_steps: tuple[int, ...] = ()
+    """(first, last) step that the profiler records, for TensorBoard or XProf."""
     log_every_steps: int = 50
     tensorboard: bool = False
     """Writes the scalars of metrics.jsonl for TensorBoard too."""
@@ -138,6 +151,12 @@ class Config:
         for name in ("probability", "switch", "erasing"):
             value = getattr(self.mixing, name)
             require(f"config.mixing.{name}", value, 0 <= value <= 1, "in [0, 1]")
+        for name in ("checkpoint_every_steps", "max_skipped_steps"):
+            value = getattr(self, name)
+            require(f"config.{name}", value, value >= 0, "at least 0")
+        value = self.profile_steps
+        ok = not value or (len(value) == 2 and 0 < value[0] <= value[1])
+        require("config.profile_steps", value, ok, "() or (first, last), from 1")
         value = self.cooldown_epochs
         require("config.cooldown_epochs", value, value >= 0, "at least 0")
         for name in ("lr", "eps"):
@@ -231,7 +250,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def changes(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that two results of `as_dict` do not share, each as "a.b=1 there, 2 here".
+    """What two results of `as_dict` do not share, each as "a.b=1 there, 2 here".
 
     A setting that `saved` does not know, since it is of an older version, is no change.
     """

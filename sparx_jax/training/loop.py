@@ -1,10 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and a picture at the end."""
 
-import json
-import platform
+import re
 import time
-from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,18 +9,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparx_jax.data import train_batches
-from sparx_jax.errors import UserError
+from sparx_jax.errors import NonFiniteLossError, Preempted, UserError
 from sparx_jax.parallel import put_batch
+from sparx_jax.parallel.processes import stop_request, together
 from sparx_jax.training import state as states
+from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints
-from sparx_jax.training.config import Config, as_dict
+from sparx_jax.training.config import FREE_SETTINGS, Config, as_dict, changes
 from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
-from sparx_jax.training.logging import MetricsLog, Stopwatch, duration, say
+from sparx_jax.training.goodput import Goodput
+from sparx_jax.training.logging import MetricsLog, duration, say
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.step import compile_eval_step, compile_train_step
-
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Plan(NamedTuple):
@@ -39,7 +37,7 @@ class Plan(NamedTuple):
     def is_eval(self, step: int) -> bool:
         """Whether an evaluation is due; not shortly before that of the last step."""
         every, left = self.eval_every_steps, self.total_steps - step
-        return step % every == 0 and left >= every / 2
+        return left == 0 or (step % every == 0 and left >= every / 2)
 
 
 def plan(config: Config, num_examples: int) -> Plan:
@@ -53,27 +51,39 @@ def plan(config: Config, num_examples: int) -> Plan:
     return Plan(total, warmup, schedule, every, steps_per_epoch)
 
 
-def train(settings: ConfigDict, workdir: str) -> None:
+def train(
+    settings: ConfigDict, workdir: str, *, allow_config_change: bool = False
+) -> None:
     """Trains until the last step, from the latest checkpoint in `workdir` if any.
 
     A resumed run repeats what the uninterrupted one would have done, bit for bit on
     the same mesh: the order of the data and all randomness are functions of the step.
-    Leaves `config.json`, `metrics.jsonl`, `checkpoints/` and `report.png`.
+    Leaves `config.json`, `metrics.jsonl`, `goodput.json`, `checkpoints/` and
+    `report.png`.
 
-    Raises UserError on bad input, before anything is compiled.
+    Args:
+      settings: the config.
+      workdir: of this run; one trainer at a time.
+      allow_config_change: goes on from a checkpoint of other settings, as long as the
+        network's arrays are the same.
+
+    Raises:
+      UserError: bad input, before anything is compiled; its subclasses as they say.
+      Preempted: after SIGTERM, with the state saved.
     """
-    watch = Stopwatch()
-    setup = prepare(settings)
-    _make_folder(workdir)
-    checkpoints = Checkpoints(workdir)
-    try:
-        _train(setup, workdir, checkpoints, watch)
-    finally:  # also after an error: the write in progress is finished
-        checkpoints.close()
+    goodput = Goodput(workdir)
+    setup = together(lambda: prepare(settings))
+    with workdirs.held(workdir), stop_request() as stop:
+        checkpoints = Checkpoints(workdir)
+        try:
+            _train(setup, workdir, checkpoints, goodput, stop, allow_config_change)
+        finally:  # also after an error: the write in progress is finished
+            checkpoints.close()
 
 
-def _train(setup, workdir, checkpoints, watch):
+def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     config, train_source, eval_source, mesh = setup
+    settings = as_dict(config)
     lengths = plan(config, len(train_source))
     schedule = learning_rate(
         config.optimizer, lengths.warmup_steps, lengths.schedule_steps
@@ -83,18 +93,26 @@ def _train(setup, workdir, checkpoints, watch):
         config.model, optimizer, seed=config.seed, use_ema=config.use_ema, mesh=mesh
     )
     num_params = sum(array.size for array in state.weights.params.values())
-    start = checkpoints.latest_step() or 0
+    if restored := checkpoints.restore_latest(state, settings["model"]):
+        state = restored
+    start = int(state.step)
+    unevaluated = False
     if start:
-        state = checkpoints.restore(start, state, as_dict(config)["model"])
-    _write_config(workdir, config, num_params)  # last: a refused run writes nothing
+        meta = checkpoints.meta(start)
+        _check_config(meta["config"], settings, start, allow_config_change)
+        unevaluated = lengths.is_eval(start) and meta["metrics"] is None
+    # After the checks: a refused run writes nothing.
+    workdirs.write_config(workdir, config, num_params)
+    lost = goodput.start(start)
     say(
         f"{config.model_name}, {num_params:,} parameters, {len(train_source):,} "
         f"pictures of {len(train_source.class_names)} classes, {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), {lengths.total_steps:,} steps"
         + (f"; going on after step {start:,}" if start else "")
+        + (f"; {lost}" if lost else "")
     )
-    watch.lap("initialisation")
-    if start >= lengths.total_steps:
+    goodput.lap("initialisation")
+    if start >= lengths.total_steps and not unevaluated:
         say(f"nothing to do: {workdir} has reached step {start:,}")
         return
 
@@ -109,42 +127,119 @@ def _train(setup, workdir, checkpoints, watch):
         start_step=start,
         **process_share(),
     )
-    window = _Window(config, lengths)
-    evaluation = None
-    for step in range(start + 1, lengths.total_steps + 1):
-        wait_start = time.perf_counter()
-        batch = put_batch(next(batches), mesh)
-        waited = time.perf_counter() - wait_start
-        state, metrics = train_step(state, batch)
-        window.add(step, metrics, waited)
-        if step == start + 1:
-            jax.block_until_ready(metrics)
-            watch.lap("compilation")
-            window.restart()
-        last = step == lengths.total_steps
-        if last or step % config.log_every_steps == 0:
+    window = _Window(config, lengths, checkpoints)
+    profiler = _Profiler(config.profile_steps, workdir)
+
+    def polled_eval_step(weights, batch):
+        if stop.poll():
+            raise _Stopped
+        return eval_step(weights, batch)
+
+    def save(metrics):
+        checkpoints.save(state, settings, metrics)
+        goodput.lap("checkpoints")
+
+    step = start
+    try:
+        if unevaluated:
+            step -= 1  # of this step only the evaluation is left
+        while step < lengths.total_steps:
+            step += 1
+            if step > start:
+                batch = put_batch(next(batches), mesh)
+                # While the device is busy with the last step nothing waits for data.
+                idle = window.is_idle()
+                waited = goodput.lap("data" if idle else "steps") * idle
+                profiler.before(step)
+                with jax.transfer_guard("disallow"):  # nothing may wait for the device
+                    state, metrics = train_step(state, batch)
+                window.add(step, metrics, waited)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    goodput.lap("compilation")
+                    window.restart()
+                profiler.after(step, metrics)
+                goodput.lap("steps")
+                if step % config.log_every_steps == 0 or lengths.is_eval(step):
+                    log.write(window.close())
+                    goodput.lap("steps")
+                    goodput.write(step)
+                if stop.poll():
+                    raise _Stopped
+            if lengths.is_eval(step):
+                evaluation, record = _evaluate_state(
+                    polled_eval_step, state, config, eval_source, mesh
+                )
+                record = {
+                    "step": step,
+                    "epoch": step / lengths.steps_per_epoch,
+                } | record
+                log.write(record)
+                say(_eval_line(record))
+                goodput.lap("evaluation")
+                save(record)
+                window.restart()
+            elif (every := config.checkpoint_every_steps) and step % every == 0:
+                save(None)
+        checkpoints.wait()
+        goodput.lap("checkpoints")
+        report = write_report(workdir, config, evaluation, eval_source, step=step)
+        goodput.lap("report")
+    except _Stopped:
+        if window.steps:
             log.write(window.close())
-        if last or lengths.is_eval(step):
+        if checkpoints.latest_step() != step:
+            save(None)
+        checkpoints.wait()
+        goodput.lap("checkpoints")
+        raise Preempted(
+            f"stopped by SIGTERM after step {step:,}, which is saved: the same command "
+            "goes on from there."
+        ) from None
+    finally:
+        goodput.write(step)
+    say(f"{report} shows the run ({goodput.sentence()})")
+
+
+class _Stopped(Exception):  # noqa: N818
+    pass
+
+
+def _check_config(saved, settings, step, allow):
+    differing = [
+        change
+        for change in changes(saved, settings)
+        if not re.fullmatch(FREE_SETTINGS, change.split("=")[0])
+    ]
+    if not differing:
+        return
+    text = "; ".join(differing)
+    if not allow:
+        raise UserError(
+            f"the checkpoint of step {step} was trained with other settings: {text}; "
+            "use those, another --workdir, or --allow_config_change to go on anyway."
+        )
+    say(f"going on after step {step:,} with changed settings: {text}")
+
+
+class _Profiler:
+    """Records the steps first to last in `profile/` of the work folder."""
+
+    def __init__(self, steps, workdir):
+        self._first, self._last = steps or (None, None)
+        self._path, self._on = f"{workdir}/profile", False
+
+    def before(self, step):
+        if step == self._first and jax.process_index() == 0:
+            jax.profiler.start_trace(self._path)
+            self._on = True
+
+    def after(self, step, metrics):
+        if self._on and step == self._last:
             jax.block_until_ready(metrics)
-            watch.lap("training")
-            evaluation, record = _evaluate_state(
-                eval_step, state, config, eval_source, mesh
-            )
-            record = {"step": step, "epoch": step / lengths.steps_per_epoch} | record
-            log.write(record)
-            say(_eval_line(record))
-            watch.lap("evaluation")
-            checkpoints.save(state, as_dict(config), record)
-            watch.lap("checkpoints")
-            window.restart()
-    checkpoints.wait()
-    watch.lap("checkpoints")
-    report = write_report(
-        workdir, config, evaluation, eval_source, step=lengths.total_steps
-    )
-    watch.lap("report")
-    parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
-    say(f"{report} shows the run ({parts})")
+            jax.profiler.stop_trace()
+            self._on = False
+            say(f"steps {self._first} to {step} are recorded in {self._path}")
 
 
 class _Window:
@@ -153,38 +248,60 @@ class _Window:
     The metrics of a step are read when the next step has been dispatched.
     """
 
-    def __init__(self, config, lengths):
+    def __init__(self, config, lengths, checkpoints):
         self._config, self._lengths = config, lengths
-        self._pending, self._step = None, 0
+        self._checkpoints = checkpoints
+        self._pending, self._step, self._skipped_in_a_row = None, 0, 0
         self.restart()
 
     def restart(self):
-        self._start, self._waited, self._steps, self._losses = (
-            time.perf_counter(),
-            0.0,
-            0,
-            [],
-        )
+        self._start, self._waited, self.steps = time.perf_counter(), 0.0, 0
+        self._losses, self._skipped = [], 0
+
+    def is_idle(self):
+        """Whether the device has done all that was dispatched."""
+        return self._pending is None or self._pending["train_loss"].is_ready()
 
     def add(self, step, metrics, waited):
         pending, self._pending = self._pending, metrics
         if pending is not None:
-            self._losses.append(jax.device_get(pending)["train_loss"])
-        self._step, self._steps = step, self._steps + 1
+            self._read(pending, step - 1)
+        self._step, self.steps = step, self.steps + 1
         self._waited += waited
+
+    def _read(self, metrics, step):
+        metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        if not metrics["skipped"]:
+            self._losses.append(metrics["train_loss"])
+            self._skipped_in_a_row = 0
+            return metrics
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row > self._config.max_skipped_steps:
+            saved = self._checkpoints.latest_step()
+            raise NonFiniteLossError(
+                f"loss or gradient was not finite in {self._skipped_in_a_row} steps in "
+                f"a row, up to step {step:,} (loss {metrics['train_loss']}, gradient "
+                f"norm {metrics['grad_norm']}, learning rate "
+                f"{metrics['learning_rate']:.3g}): lower the learning rate or look at "
+                f"the data; the last checkpoint is that of step {saved}."
+            )
+        return metrics
 
     def close(self):
         """The record of the window, which is also printed."""
-        metrics, self._pending = jax.device_get(self._pending), None
-        self._losses.append(metrics["train_loss"])
+        pending, self._pending = self._pending, None
+        metrics = self._read(pending, self._step)
         elapsed = time.perf_counter() - self._start
-        rate = self._steps * self._config.batch_size / elapsed
+        rate = self.steps * self._config.batch_size / elapsed
+        loss = float(np.mean(self._losses)) if self._losses else float("nan")
         record = {
             "step": self._step,
             "epoch": self._step / self._lengths.steps_per_epoch,
-            "train_loss": float(np.mean(self._losses, dtype=np.float64)),
-            "learning_rate": float(metrics["learning_rate"]),
-            "grad_norm": float(metrics["grad_norm"]),
+            "train_loss": loss,
+            "learning_rate": metrics["learning_rate"],
+            "grad_norm": metrics["grad_norm"],
+            "skipped_steps": self._skipped,
             "images_per_s": rate,
             "data_wait": self._waited / elapsed,
         }
@@ -192,9 +309,10 @@ class _Window:
         left = duration(left / rate) if rate else "?"
         say(
             f"step {self._step:,}/{self._lengths.total_steps:,}  epoch "
-            f"{record['epoch']:.1f}  loss {record['train_loss']:.4f}  lr "
+            f"{record['epoch']:.1f}  loss {loss:.4f}  lr "
             f"{record['learning_rate']:.1e}  {rate:,.0f} images/s  {left} left  "
             f"waiting for data {record['data_wait']:.0%}"
+            + (f"  skipped {self._skipped} step(s)" if self._skipped else "")
         )
         self.restart()
         return record
@@ -225,26 +343,3 @@ def _eval_line(record):
         f"evaluation after step {record['step']:,}: top-1 {record['top1']:.2f} %{raw}, "
         f"loss {record['eval_loss']:.4f}"
     )
-
-
-def _make_folder(workdir):
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be made ({error.strerror}): give the path of "
-            "a folder that may be written."
-        ) from error
-
-
-def _write_config(workdir, config, num_params):
-    if jax.process_index() == 0:
-        versions = {name: version(name) for name in PACKAGES}
-        content = {
-            "config": as_dict(config),
-            "parameters": num_params,
-            "versions": versions | {"python": platform.python_version()},
-            "devices": [str(device) for device in jax.devices()],
-        }
-        path = Path(workdir) / "config.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")

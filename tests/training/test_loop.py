@@ -90,13 +90,13 @@ def test_metrics_hold_every_step_once_and_equal_those_of_an_uninterrupted_run(
     assert {"eval_loss", "top1", "top5", "raw_top1"} <= expected[-1].keys()
 
 
-def test_the_best_and_the_latest_checkpoint_are_kept(finished):
+def test_the_best_and_the_two_latest_checkpoints_are_kept(finished):
     scores = {r["step"]: r["top1"] for r in read_metrics(finished) if "top1" in r}
     checkpoints = Checkpoints(finished, read_only=True)
     best, latest = checkpoints.find("best"), checkpoints.find("latest")
     assert latest == 12 and scores[best] == max(scores.values())
     kept = {int(p.name) for p in checkpoints.path.iterdir() if p.name.isdigit()}
-    assert kept == {best, latest}
+    assert kept == {best, 8, latest}
     assert checkpoints.meta(best)["metrics"]["top1"] == scores[best]
     with pytest.raises(UserError, match=r"no checkpoint '7' in .* use best, latest or"):
         checkpoints.find("7")
