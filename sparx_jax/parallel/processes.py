@@ -1,0 +1,170 @@
+"""Processes that train together: how they start, agree, stop and lose each other."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sparx_jax.errors import PeerLostError, Preempted, UserError
+
+# How long a failing process waits for the others to fail in the same way.
+PATIENCE_S = 5
+Mode = Literal["auto", "on", "off"]
+
+# By hand and for launch/local.sh; clusters describe themselves.
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None:
+    """Joins the other processes of the job, if there are any.
+
+    Args:
+      mode: "on" demands other processes or a cluster; "auto" looks for the variables
+        `VARIABLES`, then for what JAX knows: TPU pods, GKE, SLURM, Open MPI; "off"
+        looks for nothing.
+      start_timeout_s: after so many seconds without all processes this one ends with
+        the exit code of `PeerLostError`.
+      heartbeat_timeout_s: after so many seconds of silence a process counts as dead,
+        and the others end with that exit code.
+
+    Raises UserError if the variables are incomplete or, with "on", nothing is found.
+    """
+    if mode == "off":
+        return
+    given = {name: os.environ.get(name) for name in VARIABLES}
+    explicit = {}
+    if any(given.values()):
+        address, count, index = given.values()
+        if not (address and count and index and count.isdigit() and index.isdigit()):
+            raise UserError(
+                "the processes of a job are described by all of "
+                + ", ".join(f"{k}={v or ''}" for k, v in given.items())
+                + " (host:port, a number, a number from 0): set all or none of them."
+            )
+        explicit = dict(
+            coordinator_address=address,
+            num_processes=int(count),
+            process_id=int(index),
+        )
+
+    def give_up():
+        where = f" at {given[VARIABLES[0]]}" if explicit else ""
+        print(
+            f"error: the {given[VARIABLES[1]] or ''} processes of this job did not "
+            f"all meet{where} within {start_timeout_s} s (this is process "
+            f"{given[VARIABLES[2]] or '?'}): see the logs of the others, and start "
+            "all of them again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(PeerLostError.exit_code)
+
+    # JAX itself ends the process with a stack trace; this is a little earlier.
+    watchdog = threading.Timer(start_timeout_s, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=start_timeout_s + 5,
+            heartbeat_timeout_seconds=heartbeat_timeout_s,
+            shutdown_timeout_seconds=heartbeat_timeout_s,
+        )
+    except ValueError as error:  # how JAX says that it has found no cluster
+        if explicit or mode == "on":
+            raise UserError(
+                f"--distributed={mode} found no job to join ({error}): set "
+                f"{', '.join(VARIABLES)}, or use --distributed=off."
+            ) from error
+    finally:
+        watchdog.cancel()
+
+
+def end(exit_code: int) -> NoReturn:
+    """Ends the process; after a failure it does not wait for others that go on."""
+    if exit_code not in (0, Preempted.exit_code) and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leave.start()
+        leave.join(PATIENCE_S)
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+def lost_peer(error: Exception) -> PeerLostError | None:
+    """What `error` means if it came from a collective whose partner is gone."""
+    signs = ("Gloo", "by peer", "coordination service", "heartbeat", "UNAVAILABLE")
+    if not jax.distributed.is_initialized() or not any(s in str(error) for s in signs):
+        return None
+    return PeerLostError(
+        f"process {jax.process_index()} of {jax.process_count()} lost another one "
+        f"({str(error).splitlines()[0][:200]}): start all of them again; training "
+        "goes on from the latest checkpoint."
+    )
+
+
+def together(function: Callable[[], Any]) -> Any:
+    """Calls `function` on every process; a UserError on one is raised on all.
+
+    Without that the others would wait for the one that is gone.
+    """
+    if jax.process_count() == 1:
+        return function()
+    result, failed = None, None
+    try:
+        result = function()
+    except UserError as error:
+        failed = error
+    code = np.int32(failed.exit_code if failed else 0)
+    codes = multihost_utils.process_allgather(code)
+    if failed:
+        raise failed
+    for process in np.flatnonzero(codes):
+        error = UserError(f"process {process} of this job failed: see its log.")
+        error.exit_code = int(codes[process])
+        raise error
+    return result
+
+
+class StopRequest:
+    """Whether to save and stop, because some process of the job got SIGTERM."""
+
+    def __init__(self):
+        self._received = False
+        self._polls = 0
+
+    def poll(self) -> bool:
+        """True once, at the same call on all processes, which must call equally often.
+
+        A signal that arrives while XLA compiles counts at the next call.
+        """
+        self._polls += 1
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(self._polls)
+        return self._received
+
+    def _receive(self, number, frame):
+        del number, frame
+        self._received = True
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Turns SIGTERM from death into a `StopRequest` while it is open."""
+    request = StopRequest()
+    if jax.distributed.is_initialized():  # JAX listens to the signal
+        yield request
+        return
+    before = signal.signal(signal.SIGTERM, request._receive)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,78 @@
+"""The folder of a run: made, held by one trainer at a time, its settings written."""
+
+import fcntl
+import json
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+from sparx_jax.errors import BusyError, UserError
+from sparx_jax.parallel.processes import together
+from sparx_jax.training.config import Config, as_dict
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@contextmanager
+def held(workdir: str) -> Iterator[None]:
+    """Makes the folder and keeps other trainers out of it until the end.
+
+    The lock ends with its process, however that dies.  On file systems without locks
+    between machines it keeps out those of this machine only.
+
+    Raises UserError if the folder cannot be made, BusyError if it is taken.
+    """
+    file = together(lambda: _lock(workdir))
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(workdir):
+    path = Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() != 0:
+            return None
+        file = (path / "lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be made or written ({error.strerror}): give "
+            "the path of a folder that may be written."
+        ) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise BusyError(
+            f"--workdir={workdir} is in use by {holder or 'another trainer'}: wait for "
+            "it, stop it, or give another --workdir."
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def write_config(workdir: str, config: Config, num_params: int) -> None:
+    """`config.json`: all settings, package versions, devices."""
+    if jax.process_index() == 0:
+        versions = {name: version(name) for name in PACKAGES}
+        content = {
+            "config": as_dict(config),
+            "parameters": num_params,
+            "versions": versions | {"python": platform.python_version()},
+            "devices": [str(device) for device in jax.devices()],
+        }
+        path = Path(workdir) / "config.json"
+        path.write_text(json.dumps(content, indent=2) + "\n")
