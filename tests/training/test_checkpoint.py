@@ -1,0 +1,212 @@
+"""Laws of what is on disk: damage is found and named, and an older step serves."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparx_jax.errors import StorageError, UserError
+from sparx_jax.training import loop
+from sparx_jax.training.checkpoint import Checkpoints, DamagedError
+from sparx_jax.training.config import as_dict
+from sparx_jax.training.fingerprint import differing, fingerprints
+from tests.training.conftest import digest, tiny_settings
+
+
+def test_a_fingerprint_sees_every_flipped_bit_and_every_swap():
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(5, 7)).astype(np.float32)
+    expected = fingerprints({"a": jnp.asarray(array)})
+    for bit in range(32):
+        for index in ((0, 0), (2, 3), (4, 6)):
+            other = array.copy()
+            other.view(np.uint32)[index] ^= np.uint32(1 << bit)
+            assert differing(expected, fingerprints({"a": other})) == ["a"]
+    swapped = array[::-1].copy()
+    assert differing(expected, fingerprints({"a": swapped})) == ["a"]
+    assert differing(expected, fingerprints({"a": array})) == []
+    assert differing(expected, fingerprints({"b": array})) == ["a", "b"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_a_fingerprint_is_two_sums_of_words(dtype):
+    """Against the definition in numpy."""
+    array = jnp.arange(-3, 9).reshape(3, 4).astype(dtype)
+    words = np.asarray(array).view(f"uint{8 * array.dtype.itemsize}")
+    words, position = words.astype(np.uint64).ravel(), np.arange(12, dtype=np.uint64)
+    factor = (2 * position * 1640531527 + 1) % 2**32
+    expected = [int(words.sum() % 2**32), int((words * factor % 2**32).sum() % 2**32)]
+    assert fingerprints([array]) == {"0": expected}
+
+
+def biggest_file(folder):
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip(item):
+    def damage(step):
+        path = biggest_file(step / item)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 8
+        path.write_bytes(content)
+
+    return damage
+
+
+def truncate(step):
+    path = biggest_file(step / "params")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def half_copied(step):
+    shutil.rmtree(step / "optimizer")
+
+
+def without_meta(step):
+    shutil.rmtree(step / "meta")
+
+
+DAMAGES = {
+    "a flipped bit in params": flip("params"),
+    "a flipped bit in ema": flip("ema"),
+    "a flipped bit in optimizer": flip("optimizer"),
+    "a truncated file": truncate,
+    "an empty folder": empty,
+    "a half-copied folder": half_copied,
+    "no meta": without_meta,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("finished") / "run")
+    loop.train(tiny_settings(), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
+    finished, run, tmp_path, capsys, kind
+):
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    path = Path(workdir) / "checkpoints"
+    DAMAGES[kind](path / "12")
+    model = as_dict(run.config)["model"]
+    checkpoints = Checkpoints(workdir, read_only=True)
+    with pytest.raises(DamagedError, match="checkpoint 12 in .* is damaged") as error:
+        checkpoints.restore(12, run.init(), model)
+    if "flipped" in kind:
+        item = kind.split()[-1]
+        assert f" {item} " in str(error.value) or "cannot be read" in str(error.value)
+    checkpoints.close()
+
+    checkpoints = Checkpoints(workdir)
+    state = checkpoints.restore_latest(run.init(), model)
+    assert int(state.step) == checkpoints.latest_step() == 8
+    expected = checkpoints.restore(8, run.init(), model)
+    assert digest(state) == digest(expected)
+    checkpoints.close()
+    told = capsys.readouterr().out
+    assert "checkpoint 12 in" in told and "moved damaged checkpoint(s) [12]" in told
+    assert [p.name.split("-")[0] for p in Path(workdir, "damaged").iterdir()] == ["12"]
+
+
+def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
+    """Orbax itself restores it: without the fingerprint nothing would be told."""
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    step = Path(workdir) / "checkpoints" / "12"
+    data, told = biggest_file(step / "optimizer"), []
+    content, model = data.read_bytes(), as_dict(run.config)["model"]
+    checkpoints = Checkpoints(workdir, read_only=True)
+    for place in range(len(content) // 20, len(content), len(content) // 6):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        data.write_bytes(damaged)
+        with pytest.raises(DamagedError) as error:
+            checkpoints.restore(12, run.init(), model)
+        told.append(str(error.value))
+    checkpoints.close()
+    assert any("optimizer 1/0/mu/decayed" in t or "1/0/nu/decayed" in t for t in told)
+
+
+def test_training_goes_on_from_the_step_before_with_the_same_bits(
+    finished, run, tmp_path
+):
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    flip("params")(Path(workdir) / "checkpoints" / "12")
+    loop.train(tiny_settings(), workdir)
+    model = as_dict(run.config)["model"]
+    states = []
+    for folder in (finished, workdir):
+        checkpoints = Checkpoints(folder, read_only=True)
+        states.append(digest(checkpoints.restore(12, run.init(), model)))
+        checkpoints.close()
+    assert states[0] == states[1]
+
+
+def test_nothing_is_trained_anew_when_all_checkpoints_are_damaged(finished, tmp_path):
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    for step in (Path(workdir) / "checkpoints").glob("*"):
+        truncate(step)
+    with pytest.raises(
+        DamagedError, match=r"no checkpoint .* \[12, 8, 4\] are damaged"
+    ):
+        loop.train(tiny_settings(), workdir)
+    assert not Path(workdir, "damaged").exists()
+
+
+def test_other_settings_are_refused_with_the_difference(finished, capsys):
+    changed = tiny_settings(**{"seed": 5, "optimizer.lr": 2e-3, "data.workers": 3})
+    with pytest.raises(
+        UserError, match=r"optimizer\.lr=0\.001 there, 0\.002 here; seed"
+    ):
+        loop.train(changed, finished)
+    loop.train(changed, finished, allow_config_change=True)
+    told = capsys.readouterr().out
+    assert "with changed settings: optimizer.lr=0.001 there" in told
+    assert "workers" not in told and "nothing to do" in told
+
+
+def test_a_second_trainer_is_refused(finished):
+    from sparx_jax.errors import BusyError
+    from sparx_jax.training import workdir as workdirs
+
+    with workdirs.held(finished), pytest.raises(BusyError, match=r"by process \d+ on"):
+        loop.train(tiny_settings(), finished)
+    loop.train(tiny_settings(), finished)  # the lock is gone
+
+
+def test_a_write_that_fails_is_told_at_the_next_save(run, tmp_path, monkeypatch):
+    checkpoints = Checkpoints(str(tmp_path))
+
+    def fail():
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(StorageError, match="make room"):
+            checkpoints.save(run.init(), as_dict(run.config), None)
+    checkpoints.close()
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing(run, batch):
+    state = run.init()
+    params = dict(state.weights.params)
+    name = next(iter(params))
+    params[name] = params[name].at[(0,) * params[name].ndim].set(jnp.inf)
+    state = state._replace(weights=state.weights._replace(params=params))
+    before = digest(state)
+    after, metrics = run.train_step(state, batch)
+    assert bool(metrics["skipped"])
+    changed = [k for k, v in digest(after).items() if v != before[k]]
+    assert all("count" in k or k == ".step" for k in changed) and len(changed) == 3
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), after.ema))

@@ -1,0 +1,201 @@
+"""Nothing is lost: real processes are killed, stopped, starved, and start again."""
+
+import json
+import random
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparx_jax.training.logging import read_metrics
+from tests.training.jobs import Job, arrays, same_bits
+
+SAVE_OFTEN = "--config.checkpoint_every_steps=1"
+
+
+def completed(workdir, *flags, **options):
+    job = Job(workdir, *flags, **options)
+    assert set(job.wait()) == {0}, job.log()
+    return job
+
+
+def steps_on_disk(workdir):
+    folder = Path(workdir) / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The uninterrupted run of one process, with a profile of two steps."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    completed(workdir, SAVE_OFTEN, "--config.profile_steps=(3,4)")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def straight_two(tmp_path_factory):
+    """The uninterrupted run of two processes."""
+    workdir = tmp_path_factory.mktemp("straight") / "two"
+    completed(workdir, processes=2)
+    return workdir
+
+
+@pytest.mark.slow
+def test_kill_at_random_moments_changes_no_bit(straight, tmp_path):
+    """Saves follow each other, so most moments are within one."""
+    rng, workdir, torn = random.Random(0), tmp_path / "run", 0
+    for _ in range(5):
+        job = Job(workdir, SAVE_OFTEN)
+        job.wait_for("steps")  # the first line; reading the checkpoint is done by then
+        time.sleep(rng.uniform(0, 8))
+        job.kill()
+        torn += any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        if 12 in steps_on_disk(workdir):
+            break
+    job = completed(workdir, SAVE_OFTEN)
+    assert same_bits(arrays(straight), arrays(workdir)) == []
+    assert not any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+    found = [r["step"] for r in read_metrics(workdir) if "train_loss" in r]
+    assert found == [2, 4, 6, 8, 10, 12]
+    goodput = json.loads((workdir / "goodput.json").read_text())
+    assert goodput["restarts"] >= 1 and 0 < goodput["goodput"] < 1
+    print(f"{goodput['restarts']} kills, {torn} during a save, none lost")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(straight, straight_two, tmp_path):
+    one, two = arrays(straight), arrays(straight_two)
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=0, atol=1e-5, err_msg=name)
+    last, last_two = (read_metrics(w)[-1] for w in (straight, straight_two))
+    for name in ("top1", "raw_top1"):
+        assert last[name] == last_two[name]
+    assert last["eval_loss"] == pytest.approx(last_two["eval_loss"], abs=1e-5)
+    # Two processes evaluate what one trained.
+    job = completed(straight, "--step=latest", program="eval", processes=2)
+    result = json.loads(job.log().splitlines()[-1])
+    assert (result["top1"], result["examples"]) == (last["top1"], 360)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_saves_the_same_step_on_both(straight_two, tmp_path):
+    """While compiling, training, evaluating and saving; each start resumes."""
+    workdir, stopped = tmp_path / "run", []
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    moments = [
+        ("12 steps", cold, 1),  # compiles
+        ("step 2/12", {}, 0),  # trains
+        ("step 4/12", {}, 1),  # evaluates, then saves
+        ("evaluation after step 8", {}, 0),  # saves
+    ]
+    for text, env, index in moments:
+        job = Job(workdir, processes=2, env=env)
+        job.wait_for(text)
+        job.processes[index].terminate()
+        assert job.wait() == [17, 17], job.log()
+        tellings = [
+            line.split("after step ")[1].split(",")[0]
+            for line in (job.log() + job.log(1)).splitlines()
+            if line.startswith("stopped by SIGTERM")
+        ]
+        assert len(tellings) == 2 and len(set(tellings)) == 1
+        assert steps_on_disk(workdir)[-1] == int(tellings[0])
+        stopped.append(int(tellings[0]))
+    assert stopped == sorted(stopped) and stopped[0] in (1, 2), stopped
+    assert stopped[2] == 4, "it was to be stopped in the evaluation after step 4"
+    completed(workdir, processes=2)
+    assert same_bits(arrays(straight_two), arrays(workdir)) == []
+    evaluated = [r["step"] for r in read_metrics(workdir) if "top1" in r]
+    assert evaluated == [4, 8, 12]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_and_devices(straight, tmp_path):
+    """Two processes, then one with four devices and split weights, then one."""
+    workdir = tmp_path / "run"
+    for text, options in (
+        ("step 2/12", dict(processes=2)),
+        ("step 8/12", dict(devices=4)),
+    ):
+        flags = ["--config.mesh.fsdp=2"] if options.get("devices") else []
+        job = Job(workdir, *flags, **options)
+        job.wait_for(text)
+        job.processes[-1].terminate()
+        assert set(job.wait()) == {17}, job.log()
+    completed(workdir)
+    expected, found = arrays(straight), arrays(workdir)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_peer_that_dies_ends_the_job_and_all_start_again(straight_two, tmp_path):
+    workdir = tmp_path / "run"
+    for victim, text in ((1, "step 4/12"), (0, "step 8/12")):
+        job = Job(workdir, "--heartbeat_timeout_s=10", processes=2)
+        job.wait_for(text)
+        died = time.monotonic()
+        job.processes[victim].kill()
+        codes = job.wait()
+        assert codes[1 - victim] in (134, -6), job.log(1 - victim)
+        assert time.monotonic() - died < 25
+    completed(workdir, processes=2)
+    assert same_bits(arrays(straight_two), arrays(workdir)) == []
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_peer_that_never_starts_is_told(tmp_path, index):
+    env = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+    }
+    if index == 0:
+        from tests.training.jobs import free_port
+
+        env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
+    job = Job(tmp_path / "run", "--start_timeout_s=3", env=env)
+    assert job.wait(60) == [134]
+    assert "error: the 2 processes of this job did not all meet" in job.log()
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_spares_what_was_saved(straight, tmp_path):
+    """A limit on the size of files: the disk of a test cannot be filled everywhere."""
+    workdir = tmp_path / "run"
+    job = Job(workdir)
+    job.wait_for("evaluation after step 4")
+    job.processes[0].terminate()
+    assert job.wait() == [17], job.log()
+    before = {step: arrays(workdir, step) for step in steps_on_disk(workdir)}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    job = Job(workdir, SAVE_OFTEN, preexec_fn=limit)
+    assert job.wait() == [74], job.log()
+    assert "error: " in job.log() and "are intact" in job.log()
+    for step, saved in before.items():
+        assert same_bits(saved, arrays(workdir, step)) == []
+    completed(workdir)
+    assert same_bits(arrays(straight), arrays(workdir)) == []
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--config.optimizer.lr=1e30", "--config.optimizer.warmup_lr=1e30"]
+    job = Job(workdir, SAVE_OFTEN, "--config.max_skipped_steps=3", *flags)
+    assert job.wait() == [70], job.log()
+    assert "not finite in 4 steps in a row" in job.log()
+    assert "learning rate 1e+30" in job.log() and "the last checkpoint" in job.log()
+    for step in steps_on_disk(workdir):
+        bad = [n for n, a in arrays(workdir, step).items() if not np.isfinite(a).all()]
+        assert bad == []
+
+
+@pytest.mark.slow
+def test_the_profiler_records_the_steps_it_was_asked_for(straight):
+    assert list((straight / "profile").rglob("*.xplane.pb"))

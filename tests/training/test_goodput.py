@@ -1,0 +1,65 @@
+"""Laws of the time that a run tells of."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparx_jax.training import loop
+from sparx_jax.training.goodput import ACTIVITIES, Goodput, read_sessions, summary
+from tests.training.conftest import tiny_settings
+
+
+def session(begin, end, lost, **seconds):
+    seconds = dict.fromkeys(ACTIVITIES, 0.0) | seconds
+    return {
+        "from_step": begin,
+        "to_step": end,
+        "lost_steps": lost,
+        "seconds": seconds,
+    }
+
+
+def test_goodput_is_the_share_of_steps_that_were_not_lost():
+    """100 s of steps, then a kill that lost 25 of 100; 80 s of steps more."""
+    sessions = [
+        session(0, 100, 0, steps=100.0, compilation=20.0),
+        session(75, 155, 25, steps=80.0, checkpoints=20.0, evaluation=5.0),
+    ]
+    found = summary(sessions)
+    assert found["goodput"] == pytest.approx((75 + 80) / 225)
+    assert (found["lost_steps"], found["restarts"]) == (25, 1)
+    assert found["seconds"]["steps"] == 180
+
+
+def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
+    first = Goodput(str(tmp_path))
+    begin = first._last
+    assert first.start(0) == ""
+    for activity in ("steps", "data", "steps", "checkpoints"):
+        first.lap(activity)
+    first.write(30)
+    assert sum(first._seconds.values()) == pytest.approx(first._last - begin)
+    second = Goodput(str(tmp_path))
+    assert second.start(20) == "10 steps were lost with the last session"
+    second.write(40)
+    kept = [(s["from_step"], s["to_step"]) for s in read_sessions(str(tmp_path))]
+    assert kept == [(0, 30), (20, 40)]
+
+
+def test_nothing_in_a_step_may_wait_for_the_device(tmp_path, monkeypatch):
+    """A step that moves an array without being asked to is an error in the loop."""
+    real = loop.compile_train_step
+
+    def careless(*args):
+        step = real(*args)
+
+        def run(state, batch):
+            jax.jit(jnp.sin)(np.ones(3, np.float32))
+            return step(state, batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "compile_train_step", careless)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(tiny_settings(), str(tmp_path))
