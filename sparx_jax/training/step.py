@@ -93,7 +93,8 @@ def train_step(
     ema = state.ema
     if ema is not None:  # as one vector: see make_optimizer
         (new, _), (old, split) = ravel_pytree(weights), ravel_pytree(ema)
-        ema = split(old + jnp.where(finite, 1.0 - config.ema_decay, 0) * (new - old))
+        moved = old + (1.0 - config.ema_decay) * (new - old)
+        ema = split(if_finite(moved, old))
     metrics = {
         "train_loss": loss,
         "learning_rate": schedule(state.step),
