@@ -6,66 +6,90 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sparx_jax.errors import UserError
-from sparx_jax.parallel import make_mesh
+from sparx_jax.parallel import check_rules, make_mesh, state_shardings
+from tests.training.jobs import FAST
 
 ROOT = Path(__file__).parents[2]
 
-# Three steps with BatchNorm over the whole batch; prints losses and a weight.
+# Ten steps with BatchNorm over the whole batch; writes losses and all arrays.
 PROGRAM = """
 import json, sys, jax, numpy as np
+from sparx_jax import parallel
+from sparx_jax.parallel import mesh as mesh_module
 from sparx_jax.training import state as states
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.setup import prepare
 from sparx_jax.training.step import compile_train_step
-from sparx_jax import parallel
-from sparx_jax.parallel import mesh as mesh_module
-from tests.training.conftest import tiny_settings
+from tests.training.tiny_config import get_config
 mesh_module.MIN_SPLIT_SIZE = 64  # so that fsdp splits this small network too
-config, source, _, mesh = prepare(tiny_settings(**json.loads(sys.argv[1])))
+settings = get_config()
+settings.mesh.fsdp = int(sys.argv[2])
+settings.model.drop_path_rate = 0.2
+config, source, _, mesh = prepare(settings)
 schedule = learning_rate(config.optimizer, 0, 12)
 optimizer = make_optimizer(config.optimizer, schedule)
 network, state = states.init(
     config.model, optimizer, seed=0, use_ema=True, mesh=mesh)
 step = compile_train_step(network, config, optimizer, schedule, state, mesh)
-rng, losses = np.random.default_rng(0), []
-for _ in range(3):
+rng, found = np.random.default_rng(0), {"losses": []}
+for _ in range(10):
     images = rng.integers(256, size=(16, 32, 32, 3)).astype(np.uint8)
     batch = {"image": images, "label": rng.integers(10, size=16).astype(np.int32)}
     state, metrics = step(state, parallel.put_batch(batch, mesh))
-    losses.append(float(metrics["train_loss"]))
-sums = [float(np.abs(np.asarray(a)).sum()) for a in jax.tree.leaves(state.ema)]
-split = sum(not a.sharding.is_fully_replicated for a in jax.tree.leaves(state))
-print(json.dumps([losses, sums, split, mesh.size]))
+    found["losses"].append(float(metrics["train_loss"]))
+leaves = jax.tree_util.tree_leaves_with_path(state)
+split = {parallel.leaf_name(path) for path, a in leaves
+         if not a.sharding.is_fully_replicated}
+found |= {parallel.leaf_name(path): np.asarray(a) for path, a in leaves}
+np.savez(sys.argv[1], **found)
+print(json.dumps([sorted(split), mesh.size]))
 """
 
 
-def train(devices, **settings):
+def train(path, devices, fsdp=1):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(settings)],
+        [sys.executable, "-c", PROGRAM, str(path), str(fsdp)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": FAST},
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return np.load(path), *json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
-def test_several_devices_equal_one():
-    # Adam divides gradients that are only rounding by themselves; this epsilon lets
-    # them stay rounding.
-    calm = {"optimizer.eps": 1e-3}
-    losses, sums, split, count = train(1, **calm)
-    assert split == 0 and count == 1
-    for settings in ({}, {"mesh.fsdp": 2}):
-        others, other_sums, split, count = train(4, **calm, **settings)
-        assert count == 4 and (split > 0) == bool(settings)
-        assert others == pytest.approx(losses, rel=1e-5)
-        assert other_sums == pytest.approx(sums, rel=1e-5, abs=1e-6)
+def test_eight_devices_equal_one(tmp_path):
+    """In loss, weights, statistics, average and moments, copied and split."""
+    one, split, count = train(tmp_path / "one.npz", 1)
+    assert split == [] and count == 1
+    assert any(name.endswith(".mean") for name in one)  # BatchNorm is in it
+    for fsdp in (1, 4):
+        eight, split, count = train(tmp_path / f"{fsdp}.npz", 8, fsdp)
+        assert count == 8 and bool(split) == (fsdp > 1)
+        if split:
+            for part in ("weights/params/", "ema/params/", "/mu/", "/nu/"):
+                assert any(part in name for name in split), (part, split)
+        for name, array in one.items():
+            np.testing.assert_allclose(
+                eight[name], array, rtol=1e-5, atol=1e-5, err_msg=name
+            )
+
+
+def test_rules_match_every_array_and_each_of_them_is_needed():
+    tree = {"weights": {"stem.kernel": jnp.zeros(()), "stem.bias": jnp.zeros(())}}
+    with pytest.raises(ValueError, match=r"rule .*mu.* matches no array"):
+        check_rules(tree)
+    check_rules(tree, [(r"kernel$", "split"), (r"", "copy")])
+    with pytest.raises(ValueError, match=r"rule 'bias' .* or earlier rules match"):
+        check_rules(tree, [(r"", "copy"), ("bias", "split")])
+    with pytest.raises(ValueError, match=r"no sharding rule matches 'weights/stem\.b"):
+        state_shardings(tree, make_mesh(), [(r"kernel$", "split")])
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (-1, 2), (-1, -1), (0, 1)])
