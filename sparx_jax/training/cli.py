@@ -13,9 +13,6 @@ from ml_collections import ConfigDict, config_flags
 from sparx_jax.errors import UserError
 from sparx_jax.training.config import default_config, from_config_dict
 
-EXIT_BAD_INPUT = 78
-"""EX_CONFIG: restarting will not help."""
-
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, such as configs/digits.py.", lock_config=True
 )
@@ -28,7 +25,7 @@ def run(main: Callable) -> None:
     """Calls `main(config, workdir)` with the ConfigDict of the command line.
 
     Bad input, known by UserError or by the flag library, ends the program with one
-    sentence and exit code 78.
+    sentence and the exit code of the error.
     """
 
     def guarded(argv):
@@ -117,4 +114,4 @@ def _check(values):
 def _fail(error) -> NoReturn:
     message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_BAD_INPUT)
+    sys.exit(error.exit_code)

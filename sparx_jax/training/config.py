@@ -46,6 +46,9 @@ class DataConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     workers: int = 0
     """Processes that prepare batches; 0: threads of the main process."""
+    max_bad_fraction: float = 0.01
+    """Share of a split's examples that may be unreadable, in [0, 1).  They are logged
+    and count nowhere; a run that meets more of them stops with exit code 65."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +167,8 @@ class Config:
         for name in ("crop_padding", "workers"):
             value = getattr(data, name)
             require(f"config.data.{name}", value, value >= 0, "at least 0")
+        value = data.max_bad_fraction
+        require("config.data.max_bad_fraction", value, 0 <= value < 1, "in [0, 1)")
         ok = 0 < data.crop_ratio <= 1
         require("config.data.crop_ratio", data.crop_ratio, ok, "in (0, 1]")
         if data.rand_augment:

@@ -58,19 +58,28 @@ def train_step(
     state: TrainState,
     batch: Batch,
 ) -> tuple[TrainState, Metrics]:
-    """One update of weights, statistics, moments and moving average."""
+    """One update of weights, statistics, moments and moving average.
+
+    The loss is the mean over the examples, each with its weight: the targets carry it,
+    so that a mixture of two pictures learns only from the one that could be read.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     targets = smooth_targets(
         batch["label"], config.model.num_classes, config.label_smoothing
     )
+    targets = targets * batch["weight"][:, None]
     images, targets = mix(key, batch["image"], targets, config.mixing)
     images = normalize(images, config.data.mean, config.data.std)
     images = erase(key, images, config.mixing.erasing)
 
+    # Of all devices, and unchanged by mixing; 1 if nothing could be read.
+    num_examples = jnp.maximum(batch["weight"].sum(), 1.0)
+
     def loss_and_stats(params):
         model = merge(graphdef, state.weights._replace(params=params))
         logits = model(images, key=key)
-        return cross_entropy(logits, targets).mean(), batch_stats(model)
+        loss = cross_entropy(logits, targets).sum() / num_examples
+        return loss, batch_stats(model)
 
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
     (loss, stats), grads = gradient(state.weights.params)

@@ -34,6 +34,7 @@ rng, losses = np.random.default_rng(0), []
 for _ in range(3):
     images = rng.integers(256, size=(16, 32, 32, 3)).astype(np.uint8)
     batch = {"image": images, "label": rng.integers(10, size=16).astype(np.int32)}
+    batch["weight"] = np.ones(16, np.float32)
     state, metrics = step(state, parallel.put_batch(batch, mesh))
     losses.append(float(metrics["train_loss"]))
 sums = [float(np.abs(np.asarray(a)).sum()) for a in jax.tree.leaves(state.ema)]
