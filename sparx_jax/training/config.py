@@ -1,6 +1,7 @@
 """The settings of a run: what config files set, validated once into frozen values."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -66,6 +67,12 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    layer_decay: float = 1.0
+    """For fine-tuning: the rate of a layer over that of the layer after it, in (0, 1];
+    see `optimizer.layer_numbers`."""
+    frozen: str = ""
+    """For fine-tuning: a regular expression; parameters whose paths begin with a match
+    stay as they are, such as "stem|stages.0"; their BatchNorm uses its averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,9 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str = ""
+    """For fine-tuning: a run's folder, FOLDER/checkpoints/STEP, .pth or .safetensors;
+    see `finetune.start_from`."""
     seed: int = 0
     train_epochs: float = 300.0
     """Until the learning rate has fallen to `optimizer.min_lr`."""
@@ -155,6 +165,15 @@ class Config:
             optimizer.warmup_epochs < self.train_epochs,
             f"less than train_epochs={self.train_epochs}",
         )
+        value = optimizer.layer_decay
+        require("config.optimizer.layer_decay", value, 0 < value <= 1, "in (0, 1]")
+        try:
+            re.compile(optimizer.frozen)
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.frozen={optimizer.frozen!r} is no regular "
+                f"expression ({error}): write it like 'stem|stages.0'."
+            ) from error
         value = optimizer.clip_norm
         require("config.optimizer.clip_norm", value, value >= 0, "at least 0 (0: off)")
         least = models.TOTAL_STRIDE

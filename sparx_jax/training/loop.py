@@ -18,6 +18,7 @@ from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import Config, as_dict
 from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
+from sparx_jax.training.finetune import start_from
 from sparx_jax.training.logging import MetricsLog, Stopwatch, duration, say
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.setup import prepare, process_share
@@ -86,6 +87,8 @@ def _train(setup, workdir, checkpoints, watch):
     start = checkpoints.latest_step() or 0
     if start:
         state = checkpoints.restore(start, state, as_dict(config)["model"])
+    else:
+        state = start_from(config.init_from, state)
     _write_config(workdir, config, num_params)  # last: a refused run writes nothing
     say(
         f"{config.model_name}, {num_params:,} parameters, {len(train_source):,} "

@@ -11,9 +11,11 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
+from sparx_jax.layers.norm import BatchNorm
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
 from sparx_jax.training.mixing import erase, mix
+from sparx_jax.training.optimizer import is_frozen, trainable
 from sparx_jax.training.state import (
     Network,
     TrainState,
@@ -75,16 +77,20 @@ def train_step(
     # Of all devices, and unchanged by mixing; 1 if nothing could be read.
     num_examples = jnp.maximum(batch["weight"].sum(), 1.0)
 
-    def loss_and_stats(params):
-        model = merge(graphdef, state.weights._replace(params=params))
+    params, frozen = state.weights.params, config.optimizer.frozen
+
+    def loss_and_stats(trained):
+        model = merge(graphdef, state.weights._replace(params=params | trained))
+        _freeze_statistics(model, frozen)
         logits = model(images, key=key)
         loss = cross_entropy(logits, targets).sum() / num_examples
         return loss, batch_stats(model)
 
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
-    (loss, stats), grads = gradient(state.weights.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
-    weights = Weights(optax.apply_updates(state.weights.params, updates), stats)
+    trained = trainable(params, frozen)
+    (loss, stats), grads = gradient(trained)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    weights = Weights(params | optax.apply_updates(trained, updates), stats)
     ema = state.ema
     if ema is not None:  # as one vector: see make_optimizer
         (new, _), (old, split) = ravel_pytree(weights), ravel_pytree(ema)
@@ -95,6 +101,14 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     return TrainState(state.step + 1, weights, ema, opt_state), metrics
+
+
+def _freeze_statistics(model, frozen):
+    """A frozen BatchNorm normalises by its averages, which then stay as they are."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            name = ".".join(map(str, (*path, "scale")))
+            module.use_running_average |= is_frozen(name, frozen)
 
 
 def eval_step(
