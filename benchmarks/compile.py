@@ -37,6 +37,7 @@ def functions(name, image_size, batch_size):
     )
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
     batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
+    batch["weight"] = np.ones(batch_size, np.float32)
 
     def loss(params, batch):
         model = states.merge(network.train, weights._replace(params=params))

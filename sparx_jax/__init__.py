@@ -1,6 +1,19 @@
 """SparX in JAX: sparse cross-layer connections for hierarchical vision backbones."""
 
-from sparx_jax.interop import load_torch_weights
-from sparx_jax.models import create_model, list_models
+import importlib
+
+_HOME = {
+    "create_model": "sparx_jax.models",
+    "list_models": "sparx_jax.models",
+    "load_torch_weights": "sparx_jax.interop",
+}
 
 __all__ = ["create_model", "list_models", "load_torch_weights"]
+
+
+def __getattr__(name):
+    # Imported when used: a process that only prepares pictures needs no network, and
+    # starts in half the time.
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparx_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

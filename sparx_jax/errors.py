@@ -12,6 +12,13 @@ class UserError(Exception):
     """EX_CONFIG: restarting will not help."""
 
 
+class BadDataError(UserError):
+    """More of the data set cannot be read than the configuration allows."""
+
+    exit_code = 65
+    """EX_DATAERR."""
+
+
 class NonFiniteLossError(UserError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 

@@ -91,6 +91,28 @@ def test_training_never_imports_tensorflow():
 
 
 @pytest.mark.slow
+def test_too_many_bad_pictures_end_training_with_65_and_five_names(tmp_path):
+    for split, name, count in (("train", "a", 9), ("train", "b", 9), ("test", "a", 1)):
+        folder = tmp_path / "data" / split / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 40)).save(folder / f"{i}.png")
+            if i % 3:
+                os.truncate(folder / f"{i}.png", 60)
+    words = "batch_size=16 data.name=folder data.workers=1 data.max_bad_fraction=0.3"
+    result = start(
+        "train",
+        DIGITS,
+        f"--workdir={tmp_path}/run",
+        f"--config.data.root={tmp_path}/data",
+        *(f"--config.{word}" for word in words.split()),
+    )  # which also waits for the worker, as it shares the pipe
+    assert result.returncode == 65, result.stderr
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert line.count(".png (") == 5 and "of 18 examples cannot be read" in line
+
+
+@pytest.mark.slow
 def test_a_folder_of_pictures_trains_and_evaluates(tmp_path):
     """Two colours, in files, from the two commands of the README."""
     rng = np.random.default_rng(0)

@@ -1,4 +1,9 @@
-"""Batches for training and evaluation, read ahead by Grain threads or processes."""
+"""Batches for training and evaluation, read ahead by Grain threads or processes.
+
+What cannot be read never stops or shifts the batches: such an example is a plain
+picture of weight 0, its name goes to the log, and only where too many of the split are
+bad does the run stop.  A worker process that dies is replaced at the same batch.
+"""
 
 import multiprocessing
 import os
@@ -8,15 +13,23 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from PIL import UnidentifiedImageError
 
 from sparx_jax.data.fast import fast_train_transform
 from sparx_jax.data.sources import Source
-from sparx_jax.data.transforms import decode_image, eval_transform, train_transform
-from sparx_jax.errors import UserError
+from sparx_jax.data.transforms import (
+    decode_image,
+    eval_transform,
+    mean_color,
+    train_transform,
+)
+from sparx_jax.errors import BadDataError, UserError
 
 Batch = dict[str, np.ndarray]
+
+UNREADABLE = -1
+"""The label of an example that cannot be read."""
 
 
 def train_batches(
@@ -37,8 +50,9 @@ def train_batches(
 
     Args:
       data: see `train_transform`; `decode`, "exact" for pixels equal to timm's or
-        "fast" (see `fast.py`); and `workers`, the number of processes that prepare
-        batches, 0 for threads of this process. Workers hand batches over in /dev/shm,
+        "fast" (see `fast.py`); `workers`, the number of processes that prepare
+        batches, 0 for threads of this process; and `max_bad_fraction`, the share of
+        the split that may be unreadable. Workers hand batches over in /dev/shm,
         which must hold about three local batches for each of them.
       source: the examples.
       batch_size: of the global batch, over all processes.
@@ -49,12 +63,14 @@ def train_batches(
       process_count: number of processes that share each global batch.
 
     Yields:
-      "image": uint8 (n, image_size, image_size, 3) and "label": int32 (n,), where n =
-      batch_size / process_count.
+      "image": uint8 (n, image_size, image_size, 3), "label": int32 (n,) and "weight":
+      float32 (n,), where n = batch_size / process_count. An example that cannot be
+      read has the mean colour, label -1 and weight 0; all others have weight 1.
 
     Raises:
-      UserError: the processes cannot share the batch equally, or, while iterating, an
-        image cannot be decoded.
+      UserError: the processes cannot share the batch equally.
+      BadDataError: while iterating: this process has met too many unreadable
+        examples, or a worker has died twice at the same batch.
     """
     if data.decode == "fast":
         decode, transform = fast_train_transform(data)
@@ -64,16 +80,21 @@ def train_batches(
             train_transform(data),
         )
 
+    blank = _blank(data)
+
     def load(index, rng):
-        image, label = _read(source, index, lambda image: decode(image, rng))
-        return {"image": transform(image, rng), "label": label}
+        return _read(source, index, lambda x: transform(decode(x, rng), rng), blank)
 
     local_size = _local_size(batch_size, process_count)
     examples = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     # Augment before slicing: the draws then do not depend on the process count.
     examples = examples.random_map(load)[process_index::process_count]
     batches = examples.batch(local_size, drop_remainder=True)[start_step:]
-    return _read_ahead(batches, data.workers)
+    for_training = ("image", "label", "weight")
+    return (
+        {key: batch[key] for key in for_training}
+        for batch in _checked(batches, data, source)
+    )
 
 
 def eval_batches(
@@ -87,41 +108,31 @@ def eval_batches(
     """Each example once and in order, in equally many and large batches per process.
 
     Args:
-      data: see `eval_transform`, and `workers` as in `train_batches`.
+      data: see `eval_transform`; others as in `train_batches`.
       source, batch_size, process_index, process_count: as in `train_batches`.
 
     Yields:
       "image": uint8 (n, image_size, image_size, 3), "label": int32 (n,), "weight":
-      float32 (n,), and "index": int32 (n,), the position in the source. The last batch
-      is filled up with black images of label 0, weight 0 and index -1.
+      float32 (n,), and "index": int32 (n,), the position in the source. Unreadable
+      examples are as in `train_batches`. The last batch is filled up with plain images
+      of label 0, weight 0 and index -1.
 
     Raises:
       UserError: as `train_batches`.
     """
-    transform = eval_transform(data)
-    filler = {
-        "image": np.zeros((data.image_size, data.image_size, 3), np.uint8),
-        "label": np.int32(0),
-        "weight": np.float32(0),
-        "index": np.int32(-1),
-    }
+    transform, blank = eval_transform(data), _blank(data)
+    filler = _example(blank, 0, weight=0, index=-1)
 
     def load(index):
         if index >= len(source):
             return filler
-        image, label = _read(source, index)
-        return {
-            "image": transform(image),
-            "label": label,
-            "weight": np.float32(1),
-            "index": np.int32(index),
-        }
+        return _read(source, index, lambda x: transform(decode_image(x)), blank)
 
     local_size = _local_size(batch_size, process_count)
     padded_length = -(-len(source) // batch_size) * batch_size
     examples = grain.MapDataset.range(padded_length).map(load)
     batches = examples[process_index::process_count].batch(local_size)
-    return _read_ahead(batches, data.workers)
+    return _checked(batches, data, source)
 
 
 def _local_size(batch_size: int, process_count: int) -> int:
@@ -133,21 +144,82 @@ def _local_size(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
+def _blank(data):
+    shape = (data.image_size, data.image_size, 3)
+    return np.broadcast_to(np.array(mean_color(data), np.uint8), shape)
+
+
+def _example(image, label, weight, index, reason=""):
+    return {
+        "image": image,
+        "label": np.int32(label),
+        "weight": np.float32(weight),
+        "index": np.int32(index),
+        "reason": np.array(reason, "U200"),  # why it is unreadable; of fixed width
+    }
+
+
 def _read(
-    source: Source, index: int, decode: Callable[[Any], Any] = decode_image
-) -> tuple[Any, np.int32]:
+    source: Source, index: int, prepare: Callable[[Any], np.ndarray], blank: np.ndarray
+) -> dict[str, Any]:
+    # An exception would end Grain's worker, and with it all that it had yet to read.
     try:
         example = source[index]
-        return decode(example["image"]), np.int32(example["label"])
+        return _example(prepare(example["image"]), example["label"], 1, index)
     except Exception as error:  # Pillow's decoders raise errors of every kind
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not a known image format" if unknown else error
-        raise UserError(
-            f"{source.name(index)} cannot be decoded ({reason}): replace or delete it."
-        ) from error
+        reason = str(error) or type(error).__name__
+        reason = "not a known image format" if unknown else reason
+        return _example(blank, UNREADABLE, 0, index, reason)
+
+
+def _checked(batches: grain.MapDataset, data: Any, source: Source) -> Iterator[Batch]:
+    """The batches; logs each unreadable example once, stops at too many of them."""
+    bad = {}  # why, by index
+    for batch in _read_ahead(batches, data.workers):
+        reasons = batch.pop("reason")
+        for row in np.flatnonzero(reasons):
+            index = int(batch["index"][row])
+            if index in bad:
+                continue
+            bad[index] = f"{source.name(index)} ({reasons[row]})"
+            logging.error("unreadable, left out with weight 0: %s", bad[index])
+        if len(bad) > data.max_bad_fraction * len(source):
+            raise BadDataError(
+                f"{len(bad)} of {len(source)} examples cannot be read, more than "
+                f"data.max_bad_fraction={data.max_bad_fraction} allows: "
+                f"{', '.join(list(bad.values())[:5])}; replace or delete them."
+            )
+        yield batch
 
 
 def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[Batch]:
+    """The batches in order, prepared ahead; dead worker processes are replaced."""
+    position, died_at = 0, None
+    while True:
+        prepared = _start(batches[position:], workers)
+        try:
+            for batch in prepared:
+                yield batch
+                position += 1
+            return
+        except RuntimeError as error:
+            if "was terminated unexpectedly" not in str(error):  # Grain's own words
+                raise
+            exit_code = str(error).partition("exit code ")[2].partition(".")[0]
+            if died_at == position:
+                raise BadDataError(
+                    "A data worker died twice at the same batch (exit code "
+                    f"{exit_code}): if memory is short, lower data.workers; if a "
+                    "picture crashes the decoder, set data.workers=0 to see where."
+                ) from error
+            died_at = position
+            logging.error("a data worker died (exit code %s): restarting", exit_code)
+        finally:
+            prepared.close()
+
+
+def _start(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     # An element is a whole batch, so a buffer as long as the threads are many keeps
     # them all busy; the bound keeps the memory in check on machines with many cores.
     threads = 1 if workers else min(os.cpu_count() or 1, 16)

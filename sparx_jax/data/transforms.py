@@ -179,11 +179,16 @@ def random_square(
 
 
 def resize_shorter_edge(image: Image.Image, edge: int) -> Image.Image:
-    """Resizes, bicubic, to `edge` pixels; the longer edge is rounded down."""
+    """Resizes, bicubic, to `edge` pixels; the longer edge is rounded down.
+
+    Raises ValueError where a picture is so narrow that the result would fill memory.
+    """
     short = min(image.size)
     if short == edge:
         return image
     size = tuple(int(edge * length / short) for length in image.size)
+    if math.prod(size) > Image.MAX_IMAGE_PIXELS:
+        raise ValueError("{} x {} pixels: too narrow to be resized".format(*image.size))
     return image.resize(size, Image.Resampling.BICUBIC)
 
 

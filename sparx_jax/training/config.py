@@ -1,6 +1,7 @@
 """The settings of a run: what config files set, validated once into frozen values."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -13,7 +14,7 @@ from sparx_jax.errors import UserError
 
 # Settings that change nothing of what a run computes, patterns of their paths.
 FREE_SETTINGS = (
-    r"data\.(root|workers)|mesh\..*|model\.(scan_method|remat)|tensorboard|"
+    r"data\.(root|workers|max_bad_fraction)|mesh\..*|model\.(scan_method|remat)|tensorboard|"
     r"eval_batch_size|eval_every_epochs|log_every_steps|checkpoint_every_steps|"
     r"max_skipped_steps|profile_steps"
 )
@@ -53,6 +54,9 @@ class DataConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     workers: int = 0
     """Processes that prepare batches; 0: threads of the main process."""
+    max_bad_fraction: float = 0.01
+    """Share of a split's examples that may be unreadable, in [0, 1).  They are logged
+    and count nowhere; a run that meets more of them stops with exit code 65."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,12 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    layer_decay: float = 1.0
+    """For fine-tuning: the rate of a layer over that of the layer after it, in (0, 1];
+    see `optimizer.layer_numbers`."""
+    frozen: str = ""
+    """For fine-tuning: a regular expression; parameters whose paths begin with a match
+    stay as they are, such as "stem|stages.0"; their BatchNorm uses its averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +117,9 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mixing: MixingConfig = field(default_factory=MixingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str = ""
+    """For fine-tuning: a run's folder, FOLDER/checkpoints/STEP, .pth or .safetensors;
+    see `finetune.start_from`."""
     seed: int = 0
     train_epochs: float = 300.0
     """Until the learning rate has fallen to `optimizer.min_lr`."""
@@ -171,6 +184,15 @@ class Config:
             optimizer.warmup_epochs < self.train_epochs,
             f"less than train_epochs={self.train_epochs}",
         )
+        value = optimizer.layer_decay
+        require("config.optimizer.layer_decay", value, 0 < value <= 1, "in (0, 1]")
+        try:
+            re.compile(optimizer.frozen)
+        except re.error as error:
+            raise UserError(
+                f"config.optimizer.frozen={optimizer.frozen!r} is no regular "
+                f"expression ({error}): write it like 'stem|stages.0'."
+            ) from error
         value = optimizer.clip_norm
         require("config.optimizer.clip_norm", value, value >= 0, "at least 0 (0: off)")
         least = models.TOTAL_STRIDE
@@ -183,6 +205,8 @@ class Config:
         for name in ("crop_padding", "workers"):
             value = getattr(data, name)
             require(f"config.data.{name}", value, value >= 0, "at least 0")
+        value = data.max_bad_fraction
+        require("config.data.max_bad_fraction", value, 0 <= value < 1, "in [0, 1)")
         ok = 0 < data.crop_ratio <= 1
         require("config.data.crop_ratio", data.crop_ratio, ok, "in (0, 1]")
         if data.rand_augment:

@@ -11,7 +11,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sparx_jax import models
-from sparx_jax.data import Source, decode_image, eval_batches, eval_transform
+from sparx_jax.data import (
+    UNREADABLE,
+    Source,
+    decode_image,
+    eval_batches,
+    eval_transform,
+)
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints
@@ -23,7 +29,7 @@ from sparx_jax.training.step import compile_eval_step
 
 
 class Evaluation(NamedTuple):
-    """Means over a split, and the answers in the order of the source."""
+    """Means over what could be read of a split, and all answers in its order."""
 
     loss: float
     """Cross entropy in nats, without label smoothing."""
@@ -32,7 +38,10 @@ class Evaluation(NamedTuple):
     top5: float
     """The same among the five highest scores."""
     examples: int
+    unreadable: int
+    """Examples that the means leave out."""
     label: np.ndarray
+    """-1 where the example could not be read."""
     predicted: np.ndarray
     probability: np.ndarray
     """That of the predicted class."""
@@ -61,12 +70,15 @@ def evaluate_split(
     def answers(name):
         return np.concatenate([result[name] for result in results])[order]
 
-    examples = total("examples")
+    examples, unreadable = total("examples"), np.sum(answers("label") == UNREADABLE)
+    if unreadable:
+        say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
     return Evaluation(
         total("loss") / examples,
         100 * total("top1") / examples,
         100 * total("top5") / examples,
         int(examples),
+        int(unreadable),
         *(answers(name) for name in ("label", "predicted", "probability")),
     )
 
@@ -84,7 +96,8 @@ def evaluate_checkpoint(
 
     Returns:
       What is printed as one line of JSON: `top1` and `top5` in percent, `loss` in
-      nats, `examples`, `step`, `weights`, `model`, `workdir`.
+      nats, `examples`, `unreadable` (which are left out), `step`, `weights`, `model`,
+      `workdir`.
 
     Raises UserError if there is no such checkpoint or it is of another model.
     """
@@ -114,6 +127,7 @@ def evaluate_checkpoint(
         "step": number,
         "weights": weights,
         "examples": evaluation.examples,
+        "unreadable": evaluation.unreadable,
         "loss": evaluation.loss,
         "top1": evaluation.top1,
         "top5": evaluation.top5,
@@ -148,7 +162,8 @@ def wrong_answers(
     from sparx_jax.plots import WrongAnswer
 
     transform, names = eval_transform(data), source.class_names
-    wrong = np.flatnonzero(evaluation.predicted != evaluation.label)
+    read = evaluation.label != UNREADABLE
+    wrong = np.flatnonzero(read & (evaluation.predicted != evaluation.label))
     wrong = wrong[np.argsort(-evaluation.probability[wrong], kind="stable")][:limit]
     return [
         WrongAnswer(

@@ -17,6 +17,7 @@ from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import FREE_SETTINGS, Config, as_dict, changes
 from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
+from sparx_jax.training.finetune import start_from
 from sparx_jax.training.goodput import Goodput
 from sparx_jax.training.logging import MetricsLog, duration, say
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
@@ -101,6 +102,8 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         meta = checkpoints.meta(start)
         _check_config(meta["config"], settings, start, allow_config_change)
         unevaluated = lengths.is_eval(start) and meta["metrics"] is None
+    else:
+        state = start_from(config.init_from, state)
     # After the checks: a refused run writes nothing.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)

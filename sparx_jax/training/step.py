@@ -11,9 +11,11 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
+from sparx_jax.layers.norm import BatchNorm
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
 from sparx_jax.training.mixing import erase, mix
+from sparx_jax.training.optimizer import gradient_norm, is_frozen, trainable
 from sparx_jax.training.state import (
     Network,
     TrainState,
@@ -60,6 +62,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update of weights, statistics, moments and moving average.
 
+    The loss is the mean over the examples, each with its weight: the targets carry it,
+    so that a mixture of two pictures learns only from the one that could be read.
     Where the loss or the gradient is not finite only the step number and the
     schedule's move on: no NaN gets into the state.
     """
@@ -67,26 +71,35 @@ def train_step(
     targets = smooth_targets(
         batch["label"], config.model.num_classes, config.label_smoothing
     )
+    targets = targets * batch["weight"][:, None]
     images, targets = mix(key, batch["image"], targets, config.mixing)
     images = normalize(images, config.data.mean, config.data.std)
     images = erase(key, images, config.mixing.erasing)
 
-    def loss_and_stats(params):
-        model = merge(graphdef, state.weights._replace(params=params))
+    # Of all devices, and unchanged by mixing; 1 if nothing could be read.
+    num_examples = jnp.maximum(batch["weight"].sum(), 1.0)
+
+    params, frozen = state.weights.params, config.optimizer.frozen
+
+    def loss_and_stats(trained):
+        model = merge(graphdef, state.weights._replace(params=params | trained))
+        _freeze_statistics(model, frozen)
         logits = model(images, key=key)
-        return cross_entropy(logits, targets).mean(), batch_stats(model)
+        loss = cross_entropy(logits, targets).sum() / num_examples
+        return loss, batch_stats(model)
 
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
-    (loss, stats), grads = gradient(state.weights.params)
-    grad_norm = optax.tree.norm(grads)
+    trained = trainable(params, frozen)
+    (loss, stats), grads = gradient(trained)
+    grad_norm = gradient_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def if_finite(new, old):
         counter = jnp.issubdtype(new.dtype, jnp.integer)
         return new if counter else jnp.where(finite, new, old)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.weights.params)
-    weights = Weights(optax.apply_updates(state.weights.params, updates), stats)
+    updates, opt_state = optimizer.update(grads, state.opt_state, params)
+    weights = Weights(params | optax.apply_updates(trained, updates), stats)
     weights, opt_state = jax.tree.map(
         if_finite, (weights, opt_state), (state.weights, state.opt_state)
     )
@@ -102,6 +115,14 @@ def train_step(
         "skipped": ~finite,
     }
     return TrainState(state.step + 1, weights, ema, opt_state), metrics
+
+
+def _freeze_statistics(model, frozen):
+    """A frozen BatchNorm normalises by its averages, which then stay as they are."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            name = ".".join(map(str, (*path, "scale")))
+            module.use_running_average |= is_frozen(name, frozen)
 
 
 def eval_step(

@@ -40,6 +40,7 @@ rng, found = np.random.default_rng(0), {"losses": []}
 for _ in range(10):
     images = rng.integers(256, size=(16, 32, 32, 3)).astype(np.uint8)
     batch = {"image": images, "label": rng.integers(10, size=16).astype(np.int32)}
+    batch["weight"] = np.ones(16, np.float32)
     state, metrics = step(state, parallel.put_batch(batch, mesh))
     found["losses"].append(float(metrics["train_loss"]))
 leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -87,7 +87,8 @@ def run():
 def batch():
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(16, 32, 32, 3)).astype(np.uint8)
-    return {"image": images, "label": (np.arange(16) % 10).astype(np.int32)}
+    labels = (np.arange(16) % 10).astype(np.int32)
+    return {"image": images, "label": labels, "weight": np.ones(16, np.float32)}
 
 
 def digest(tree):

@@ -11,7 +11,11 @@ from sparx_jax.errors import UserError
 from sparx_jax.training import loop
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import as_dict
-from sparx_jax.training.evaluate import evaluate_checkpoint, evaluate_split
+from sparx_jax.training.evaluate import (
+    evaluate_checkpoint,
+    evaluate_split,
+    wrong_answers,
+)
 from sparx_jax.training.logging import read_metrics
 from tests.training.conftest import digest, tiny_settings
 
@@ -146,6 +150,37 @@ def test_every_example_counts_once_whatever_the_batch_size(run, batch_size):
     np.testing.assert_array_equal(result.label, truth)
     np.testing.assert_array_equal(result.predicted, answers)
     assert result.top1 == pytest.approx(100 * np.mean(np.equal(answers, truth)))
+
+
+class Damaged:
+    """A source some of whose examples cannot be read."""
+
+    def __init__(self, source, bad):
+        self.source, self.bad, self.class_names = source, bad, source.class_names
+        self.name = source.name
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return {"image": b"", "label": 0} if index in self.bad else self.source[index]
+
+
+def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(run, capsys):
+    setup, weights = run.setup, run.init().weights
+    whole, part = (
+        evaluate_split(run.eval_step, weights, setup.config, source, setup.mesh)
+        for source in (setup.eval_source, Damaged(setup.eval_source, {7, 100, 359}))
+    )
+    assert "left out: 3 of 360 examples" in capsys.readouterr().out
+    assert (part.examples, part.unreadable, whole.unreadable) == (357, 3, 0)
+    read = part.label >= 0
+    assert np.flatnonzero(~read).tolist() == [7, 100, 359]
+    right = (whole.predicted == whole.label)[read]
+    assert part.top1 == pytest.approx(100 * right.mean())
+    data = setup.config.data
+    names = {wrong.name for wrong in wrong_answers(part, setup.eval_source, data, 360)}
+    assert len(names) == np.sum(~right) and "digits test #7" not in names
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(finished):

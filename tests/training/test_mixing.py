@@ -52,6 +52,19 @@ def test_given_draws_give_the_numbers_of_timm(timm, kind):
     np.testing.assert_allclose(out, timm[f"target_{number}"], rtol=0, atol=2e-7)
 
 
+@pytest.mark.parametrize("config", [MixingConfig(mixup=0.8), MixingConfig(cutmix=1.0)])
+def test_mixing_moves_weight_but_neither_adds_nor_loses_any(config):
+    """Which is why the loss may divide by the weight before mixing."""
+    images = jnp.zeros((4, 8, 8, 3), jnp.uint8)
+    weight = jnp.array([1.0, 0.0, 1.0, 1.0])
+    targets = smooth_targets(jnp.array([2, -1, 0, 1]), 5, 0.1) * weight[:, None]
+    mixed = mixing.mix(jax.random.key(3), images, targets, config)[1]
+    assert jnp.sum(mixed) == pytest.approx(3, rel=1e-6)
+    rows = jnp.sum(mixed, 1)
+    assert rows[1] + rows[2] == pytest.approx(1, rel=1e-6) and 0 < rows[1] < 1
+    np.testing.assert_allclose(rows[jnp.array([0, 3])], 1, rtol=1e-6)
+
+
 def test_kinds_and_shares_follow_the_law_of_timm(timm):
     draw = jax.jit(jax.vmap(lambda key: mixing.draw_mix(key, BOTH)[:2]))
     share, use_cutmix = map(np.asarray, draw(keys(20_000)))

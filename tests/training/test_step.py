@@ -128,3 +128,22 @@ def test_evaluation_counts_only_examples_of_weight_one(run, batch):
     assert part["examples"] == size // 2 and whole["examples"] == size
     assert part["top1"] == right[: size // 2].sum() and whole["top1"] == right.sum()
     assert whole["top1"] <= whole["top5"] <= size
+
+
+def test_examples_weigh_as_told_whatever_their_labels(run, batch):
+    """The loss of a step is the mean over the examples of weight 1."""
+    first = np.arange(16) < 5
+
+    def loss(weight, label):
+        given = batch | {"weight": weight.astype(np.float32), "label": label}
+        state, metrics = run.train_step(run.init(), given)
+        return float(metrics["train_loss"]), digest(state)
+
+    label = batch["label"]
+    whole, part, rest = (loss(w, label)[0] for w in (first | True, first, ~first))
+    assert 16 * whole == pytest.approx(5 * part + 11 * rest, rel=1e-6)
+    unreadable = np.where(first, label, -1)
+    assert loss(first, label) == loss(first, unreadable)
+    nothing, state = loss(first & False, label)
+    assert nothing == 0
+    assert all(np.isfinite(np.frombuffer(x, np.float32)).all() for x in state.values())
