@@ -8,10 +8,13 @@
 # Leaves run.log, run.pid and run.code in the folder where it is called.
 set -u
 common=$(dirname "$0")/common.sh
+# shellcheck source=launch/common.sh
+source "$common"
 
 if ! pgrep -F run.pid >/dev/null 2>&1; then
-  (($#)) || exit 78
+  (($#)) || die "no command: give one, such as launch/detach.sh python train.py ..."
   rm -f run.code
+  : >run.log # tail must find it
   # shellcheck disable=SC2016 # for the inner shell
   setsid bash -c 'source "$0"; supervise "$@"; echo "$code" >run.code' "$common" "$@" \
     >run.log 2>&1 </dev/null &

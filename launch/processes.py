@@ -86,9 +86,9 @@ def _start(i, n, coordinator, program, output):
     env = os.environ | {
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
         "PYTHONUNBUFFERED": "1",
-        "SPARX_COORDINATOR": coordinator,
-        "SPARX_NUM_PROCESSES": str(n),
-        "SPARX_PROCESS_ID": str(i),
+        "JAX_COORDINATOR_ADDRESS": coordinator,
+        "JAX_NUM_PROCESSES": str(n),
+        "JAX_PROCESS_ID": str(i),
     }
     # A session each, so that what a process started can be killed with it.
     options = dict(stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
