@@ -412,12 +412,17 @@ def test_restarts_on_a_tpu_slice_end(bench, tpu):
     assert done.returncode == 134 and verbs(bench) == ["scp", "ssh", "ssh"] * 2
 
 
+def started(bench):
+    pid = bench.folder / "run.pid"
+    return pid.exists() and pid.read_text() and (bench.folder / "lives").exists()
+
+
 def test_a_detached_command_outlives_its_connection_and_is_attached_to(bench):
     bench.program(
         "trainer", "echo >>lives; until [ -e go ]; do sleep 0.1; done; exit 78"
     )
     first = bench.start("detach.sh", "trainer")
-    wait_for((bench.folder / "lives").exists)
+    wait_for(lambda: started(bench))
     first.kill()
     first.wait()
     second = bench.start("detach.sh", "trainer")
@@ -433,7 +438,7 @@ def test_a_detached_command_outlives_its_connection_and_is_attached_to(bench):
 def test_a_detached_command_is_preempted_by_its_pid(bench):
     bench.program("trainer", PREEMPTIBLE)
     launcher = bench.start("detach.sh", "trainer")
-    wait_for((bench.folder / "lives").exists)
+    wait_for(lambda: started(bench))
     os.kill(int((bench.folder / "run.pid").read_text()), signal.SIGTERM)
     assert launcher.wait(30) == 17
 
