@@ -340,10 +340,12 @@ def main(config: ConfigDict, workdir: str) -> None:
         return
     for point in points:
         result(point)  # other settings in any folder are told before training
-    failed = [] if _REPORT_ONLY.value else train_all(chosen, _JOBS.value)
-    if index is None:
-        say(write_results(points, grid, workdir))
-        say(f"{workdir}/results.md, results.csv and results.png hold the results")
+    if index is not None and not _REPORT_ONLY.value:
+        # In place of this process: signals and exit code are train.py's.
+        os.execv(sys.executable, points[index].command)
+    failed = [] if _REPORT_ONLY.value else train_all(points, _JOBS.value)
+    say(write_results(points, grid, workdir))
+    say(f"{workdir}/results.md, results.csv and results.png hold the results")
     if failed:
         names = ", ".join(point.folder.name for point in failed)
         say(f"FAILED: {names}; the same command tries them again")

@@ -3,6 +3,8 @@
 import csv
 import json
 import statistics
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -243,7 +245,15 @@ def test_an_index_beyond_the_points_is_told(tmp_path, monkeypatch):
 def test_an_index_trains_that_point_alone(tmp_path, trainer, monkeypatch):
     points, _ = points_of(tmp_path / "runs", "seed=0,1,2")
     fabricate(points[2], tmp_path / "made/seed=2", 90.0, step=359)
-    run_main(tmp_path, monkeypatch, "--sweep=seed=0,1,2", "--index=2")
+
+    def execv(path, words):
+        assert path == sys.executable
+        subprocess.run(words, check=True)
+        raise SystemExit
+
+    monkeypatch.setattr(sweep.os, "execv", execv)
+    with pytest.raises(SystemExit):
+        run_main(tmp_path, monkeypatch, "--sweep=seed=0,1,2", "--index=2")
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["seed=2"]
 
 

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Trains on a TPU VM or a pod slice, which is asked for again whenever it is taken away.
+#
+#   export NAME=sparx ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite
+#   export SPOT=yes BUCKET=my-bucket                                # both as you like
+#   launch/tpu_vm.sh train python train.py --config=... --workdir=bucket/runs/t
+#   launch/tpu_vm.sh ssh 'tail -n 3 run.log'     a command on all hosts
+#   launch/tpu_vm.sh stop                        preempts: saves and ends
+#   launch/tpu_vm.sh delete                      ends what costs money
+#
+# train copies the code of HEAD, mounts BUCKET as bucket/, and starts all hosts again
+# while the exit code says so (common.sh), at most RESTARTS=100 times.  Ctrl-C leaves the
+# hosts training; the same command attaches to them again.  To stop, leave train first.
+set -u
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+for variable in NAME ZONE TYPE VERSION; do
+  [[ ${!variable-} ]] || die "$variable is not set: see the head of launch/tpu_vm.sh."
+done
+
+state() { # ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing if there is none
+  gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
+    --format='value(state.state)' 2>/dev/null
+}
+
+create() {
+  gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" \
+    --zone="$ZONE" --accelerator-type="$TYPE" --runtime-version="$VERSION" \
+    ${SPOT:+--spot} || exit
+}
+
+delete() {
+  gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet ||
+    exit
+}
+
+on_all() { # COMMAND; waits for all hosts, ends with the code of the first that failed
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --quiet \
+    --command="$1"
+}
+
+wait_for_slice() {
+  local state
+  while state=$(state) && [[ $state != ACTIVE ]]; do
+    case $state in
+      '') create ;;
+      SUSPENDED) delete ;;
+      FAILED) die "gcloud could not make $NAME: describe the queued resource." ;;
+      *) sleep "${POLL_SECONDS:-30}" ;;
+    esac
+  done
+}
+
+copy_code() { # unless the hosts train already
+  local folder code
+  folder=$(mktemp -d)
+  git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$folder/sparx_jax.tgz" HEAD &&
+    gcloud compute tpus tpu-vm scp "$folder/sparx_jax.tgz" "$NAME:" --zone="$ZONE" \
+      --worker=all --quiet &&
+    on_all "pgrep -F sparx_jax/run.pid >/dev/null 2>&1 || {
+      mkdir -p sparx_jax && tar xzf sparx_jax.tgz -C sparx_jax &&
+      sparx_jax/launch/setup_vm.sh ${BUCKET-}; }"
+  code=$?
+  rm -r "$folder"
+  return "$code"
+}
+
+train() { # COMMAND...
+  local command code left=${RESTARTS:-100}
+  command="cd sparx_jax && PATH=\$PWD/.venv/bin:\$PATH launch/detach.sh$(printf ' %q' "$@")"
+  while :; do
+    wait_for_slice
+    copy_code && on_all "$command"
+    code=$?
+    ((code)) || exit 0
+    [[ $(state) == ACTIVE ]] || code=137 # the slice was taken away
+    # 255: the connection is lost, but the hosts may train.
+    if ! { restartable "$code" || ((code == 255)); } || ((left == 0)); then
+      exit "$code"
+    fi
+    left=$((left - 1))
+    echo "launch: exit code $code, starting again ($left restarts left)" >&2
+    sleep "${POLL_SECONDS:-30}"
+  done
+}
+
+verb=${1-}
+shift
+case $verb in
+  train)
+    (($#)) || die "no command: launch/tpu_vm.sh train python train.py ..."
+    train "$@"
+    ;;
+  ssh) on_all "cd sparx_jax && $*" ;;
+  stop) on_all "kill \"\$(cat sparx_jax/run.pid)\"" ;;
+  delete) delete ;;
+  *) die "'$verb' is none of train, ssh, stop, delete: see the head of launch/tpu_vm.sh." ;;
+esac
