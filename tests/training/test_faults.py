@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import time
 from pathlib import Path
@@ -190,7 +191,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path):
     job = Job(workdir, SAVE_OFTEN, "--config.max_skipped_steps=3", *flags)
     assert job.wait() == [70], job.log()
     assert "not finite in 4 steps in a row" in job.log()
-    assert "learning rate 1e+30" in job.log() and "the last checkpoint" in job.log()
+    assert re.search(r"learning rate [\d.]+e\+(29|30)\).* checkpoint is", job.log())
     for step in steps_on_disk(workdir):
         bad = [n for n, a in arrays(workdir, step).items() if not np.isfinite(a).all()]
         assert bad == []
