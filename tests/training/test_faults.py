@@ -1,9 +1,13 @@
 """Nothing is lost: real processes are killed, stopped, starved, and start again."""
 
 import json
+import os
 import random
 import re
 import resource
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 
 from sparx_jax.training.logging import read_metrics
-from tests.training.jobs import Job, arrays, same_bits
+from tests.training.jobs import CONFIG, FAST, ROOT, Job, arrays, free_port, same_bits
 
 SAVE_OFTEN = "--config.checkpoint_every_steps=1"
 
@@ -132,18 +136,53 @@ def test_a_run_goes_on_with_other_processes_and_devices(straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_peer_that_dies_ends_the_job_and_all_start_again(straight_two, tmp_path):
-    workdir = tmp_path / "run"
-    for victim, text in ((1, "step 4/12"), (0, "step 8/12")):
-        job = Job(workdir, "--heartbeat_timeout_s=10", processes=2)
-        job.wait_for(text)
-        died = time.monotonic()
-        job.processes[victim].kill()
-        codes = job.wait()
-        assert codes[1 - victim] in (134, -6), job.log(1 - victim)
-        assert time.monotonic() - died < 25
-    completed(workdir, processes=2)
+def test_a_coordinator_that_dies_ends_the_job(tmp_path):
+    job = Job(tmp_path / "run", "--heartbeat_timeout_s=10", processes=2)
+    job.wait_for("step 4/12")
+    died = time.monotonic()
+    job.processes[0].kill()
+    assert job.wait()[1] in (134, -6), job.log(1)
+    assert time.monotonic() - died < 25
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_all_again_when_a_process_dies(straight_two, tmp_path):
+    """By launch/local.sh, as on a pod; the bits are those of a run without fault."""
+    workdir, log = tmp_path / "run", tmp_path / "logs/process-0.log"
+    words = ["2", "--restarts=2", f"--logs={log.parent}", "--", "train.py", CONFIG]
+    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": FAST}
+    launcher = subprocess.Popen(
+        [ROOT / "launch/local.sh", *words, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        end = time.monotonic() + 240
+        while not log.exists() or "step 4/12" not in log.read_text():
+            assert launcher.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(process_of(str(workdir), index=1), signal.SIGKILL)
+        assert launcher.wait(240) == 0, log.read_text()
+    finally:
+        launcher.terminate()
+        launcher.wait()
+    assert log.read_text().count("12 steps") == 2  # it has started twice
     assert same_bits(arrays(straight_two), arrays(workdir)) == []
+
+
+def process_of(workdir, index):
+    """The process id of the trainer with that index in its job."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text()
+            env = (folder / "environ").read_text()
+        except OSError:
+            continue
+        if f"--workdir={workdir}" in words and f"JAX_PROCESS_ID={index}\0" in env:
+            return int(folder.name)
+    raise AssertionError(f"no process {index} of {workdir}")
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -154,8 +193,6 @@ def test_a_peer_that_never_starts_is_told(tmp_path, index):
         "JAX_PROCESS_ID": str(index),
     }
     if index == 0:
-        from tests.training.jobs import free_port
-
         env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free_port()}"
     job = Job(tmp_path / "run", "--start_timeout_s=3", env=env)
     assert job.wait(60) == [134]
