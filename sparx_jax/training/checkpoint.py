@@ -30,7 +30,7 @@ _FREE_MODEL_SETTINGS = ("drop_path_rate", "dtype", "scan_method", "remat")
 _STORAGE_SIGNS = (
     "RESOURCE_EXHAUSTED",
     "No space left",
-    "Failed writing",
+    "Error writing",
     "File too large",
     "Disk quota",
     "Read-only file system",
