@@ -353,4 +353,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, joins=False)

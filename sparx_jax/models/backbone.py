@@ -37,6 +37,7 @@ class Stage(nnx.Module):
 
     def __init__(self, config: ModelConfig, stage: int, key: Key[Array, ""]):
         self.wiring = config.wiring(stage)
+        self.remat_blocks = config.remat == "block"
         # Every layer and every part of it has its own key: changing the connector
         # leaves the initial weights of all else as they were, so ablations are fair.
         self.blocks = nnx.List(
@@ -48,11 +49,17 @@ class Stage(nnx.Module):
         self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
+        call = _recompute(Block.__call__, self.remat_blocks)
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
             block_key = None if key is None else jax.random.fold_in(key, index)
-            outputs[index] = x = block(x, context, block_key)
+            outputs[index] = x = call(block, x, context, block_key)
         return [outputs[index] for index in range(len(self.blocks))]
+
+
+def _recompute(call, on):
+    # Not jax.checkpoint, which would lose the BatchNorm statistics of the module.
+    return nnx.remat(call) if on else call
 
 
 def _block(config, stage, index, key):
@@ -252,11 +259,12 @@ class Backbone(nnx.Module):
         with self._precision():
             x = self.stem(images.astype(self.config.dtype))
             layers = []
+            call = _recompute(Stage.__call__, self.config.remat == "stage")
             for i, stage in enumerate(self.stages):
                 if i:
                     x = self.downsamples[i - 1](x)
                 stage_key = None if key is None else jax.random.fold_in(key, i)
-                layers.append(stage(x, stage_key))
+                layers.append(call(stage, x, stage_key))
                 x = layers[-1][-1]
             return layers
 

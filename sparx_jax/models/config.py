@@ -88,6 +88,9 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, scan state and logits stay float32."""
     scan_method: ScanMethod = "auto"
+    remat: Literal["none", "block", "stage"] = "none"
+    """What the backward pass computes a second time rather than keep in memory:
+    nothing, the inside of each block, or of each stage."""
 
     def __post_init__(self):
         check_types(self, "model.")

@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,11 +38,16 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def run(main: Callable) -> None:
+def run(main: Callable, *, needs_workdir: bool = True, joins: bool = True) -> None:
     """Calls `main(config, workdir)` with the ConfigDict of the command line.
 
     What a UserError tells and what the flag library refuses ends the program with one
     sentence and the exit code of `sparx_jax.errors`.
+
+    Args:
+      main: the program.
+      needs_workdir: whether --workdir must be given.
+      joins: whether it is one of the processes of a job that may have several.
     """
 
     def guarded(argv):
@@ -53,7 +59,7 @@ def run(main: Callable) -> None:
             jax.config.update("jax_compilation_cache_dir", str(cache))
         try:
             processes.start(
-                _DISTRIBUTED.value,
+                _DISTRIBUTED.value if joins else "off",
                 start_timeout_s=_START_TIMEOUT.value,
                 heartbeat_timeout_s=_HEARTBEAT_TIMEOUT.value,
             )
@@ -70,7 +76,7 @@ def run(main: Callable) -> None:
                 _fail(lost)
             processes.end(1)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=partial(_parse, needs_workdir))
 
 
 def load_config(words: Sequence[str]) -> ConfigDict:
@@ -87,7 +93,7 @@ def load_config(words: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def _parse(argv):
+def _parse(needs_workdir, argv):
     try:
         with _one_sentence(argv):
             rest = flags.FLAGS(argv)
@@ -98,7 +104,10 @@ def _parse(argv):
                     f"unexpected argument {rest[1]!r}: give values with an equals "
                     "sign, as in --config.use_ema=False."
                 )
-            for name, flag in (("config", _CONFIG), ("workdir", _WORKDIR)):
+            needed = {"config": _CONFIG}
+            if needs_workdir:
+                needed["workdir"] = _WORKDIR
+            for name, flag in needed.items():
                 if not flag.present:
                     raise UserError(f"--{name} is missing: give --{name}=...")
             _check(flags.FLAGS)  # before any device is touched

@@ -1,5 +1,6 @@
 """What training keeps: flat dicts of arrays.  Only this file takes models apart."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -66,18 +67,36 @@ def init(
     mesh: Mesh,
 ) -> tuple[Network, TrainState]:
     """A fresh state on the mesh; every process draws the same weights from `seed`."""
-    network, weights = split(models.build(config, seed))
+    network, like = init_abstract(config, optimizer, use_ema=use_ema, mesh=mesh)
+    _, weights = split(models.build(config, seed))
     weights = jax.device_get(weights)  # every process gives the same to its devices
-
-    def first(weights):
-        ema = jax.tree.map(jnp.copy, weights) if use_ema else None
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step, weights, ema, optimizer.init(weights.params))
-
-    state = jax.eval_shape(first, weights)
-    check_rules(state)
-    shardings = state_shardings(state, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    first = partial(_first_state, optimizer, use_ema)
     return network, jax.jit(first, out_shardings=shardings)(weights)
+
+
+def init_abstract(
+    config: models.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    use_ema: bool,
+    mesh: Mesh,
+) -> tuple[Network, TrainState]:
+    """As `init`, with shapes, dtypes and shardings in place of arrays."""
+    network, weights = split(nnx.eval_shape(lambda: models.build(config, 0)))
+    state = jax.eval_shape(partial(_first_state, optimizer, use_ema), weights)
+    check_rules(state)
+
+    def placed(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return network, jax.tree.map(placed, state, state_shardings(state, mesh))
+
+
+def _first_state(optimizer, use_ema, weights):
+    ema = jax.tree.map(jnp.copy, weights) if use_ema else None
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, weights, ema, optimizer.init(weights.params))
 
 
 def abstract(tree: Any) -> Any:
@@ -88,7 +107,7 @@ def abstract(tree: Any) -> Any:
 
 
 def _flat(state):
-    return {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(state)}
+    return {".".join(map(str, p)): v.get_value() for p, v in nnx.to_flat_state(state)}
 
 
 def _nested(arrays):

@@ -148,6 +148,27 @@ def eval_step(
     }
 
 
+def jit_train_step(
+    network: Network,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """`(seed, state, batch) -> (state, metrics)`; the old state's memory is reused.
+
+    The seed is an argument so that runs that differ in it share what is compiled.
+    """
+    shardings = state_shardings(state, mesh)
+    return jax.jit(
+        partial(train_step, network.train, config, optimizer, schedule),
+        in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=1,
+    )
+
+
 def compile_train_step(
     network: Network,
     config: Config,
@@ -156,15 +177,8 @@ def compile_train_step(
     state: TrainState,
     mesh: Mesh,
 ) -> Any:
-    """`(state, batch) -> (state, metrics)`; the old state's memory is reused."""
-    shardings = state_shardings(state, mesh)
-    step = jax.jit(
-        partial(train_step, network.train, config, optimizer, schedule),
-        in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=1,
-    )
-    # An argument, not a constant: runs that differ in the seed share what is compiled.
+    """`(state, batch) -> (state, metrics)` of the config's seed."""
+    step = jit_train_step(network, config, optimizer, schedule, state, mesh)
     seed = jax.device_put(np.uint32(config.seed % 2**32), replicated(mesh))
     return partial(step, seed)
 

@@ -266,8 +266,8 @@ def test_other_channels_are_the_configurations(images):
 # -- training ----------------------------------------------------------------------
 
 
-def training_step(model):
-    """Compiled (images, key) -> logits, gradients and statistics by path."""
+def training_function(model):
+    """Jitted (images, key) -> logits, gradients and statistics."""
     model.train()
     graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
@@ -283,6 +283,13 @@ def training_step(model):
 
         grads, (logits, after) = jax.grad(loss, has_aux=True)(params)
         return logits, grads, after
+
+    return run
+
+
+def training_step(model):
+    """Compiled (images, key) -> logits, gradients and statistics by path."""
+    run = training_function(model)
 
     def call(images, key):
         logits, *trees = run(images, key)
@@ -368,6 +375,30 @@ def test_training_with_drop_path_needs_a_key(model, images):
 
     with pytest.raises(ValueError, match="needs a key"):
         jax.eval_shape(forward, images)
+
+
+@pytest.mark.slow
+def test_recomputing_changes_no_logit_gradient_or_statistic(images):
+    # One ganglion with a BatchNorm inside, and little else to compile.
+    few = dict(position_conv=False, mlp_conv=False, head_dim=4, drop_path_rate=0.5)
+    few |= dict(connector=dict(stride=(0, 1, 0, 0), start=(0, 0, 0, 0)))
+    results = {}
+    for remat in ("none", "block", "stage"):
+        settings = SHORT | few | dict(dims=(8,) * 4, reductions=(1, 2, 1, 1))
+        model = create_model("sparx_swin_nano", **settings, remat=remat)
+        results[remat] = training_step(randomise(model))(images, jax.random.key(0))
+    assert any("conv_norm" in path for path in results["none"][2])
+    before, expected = by_path(model, nnx.BatchStat), results.pop("none")
+    assert all((value != before[path]).any() for path, value in expected[2].items())
+    for remat, (logits, *trees) in results.items():
+        np.testing.assert_allclose(logits, expected[0], atol=TOLERANCE["compiled"])
+        for tree, other in zip(trees, expected[1:], strict=True):
+            assert tree.keys() == other.keys()
+            for path, value in tree.items():
+                limit = TOLERANCE["compiled"] * max(1.0, np.abs(other[path]).max())
+                np.testing.assert_allclose(
+                    value, other[path], atol=limit, err_msg=f"{remat} {path}"
+                )
 
 
 def test_train_and_eval_switch_back_and_forth(model, images, logits):

@@ -79,6 +79,7 @@ MISTAKES = [
     ("dtype", "float16", "one of float32, bfloat16"),
     ("dtype", np.float32, "one of float32, bfloat16"),
     ("scan_method", "fast", "one of auto, associative, loop, sequential"),
+    ("remat", "layer", "one of none, block, stage"),
 ]
 
 
