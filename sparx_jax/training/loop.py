@@ -119,6 +119,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         say(f"nothing to do: {workdir} has reached step {start:,}")
         return
 
+    goodput.write(start)  # a session counts even if it is killed at once
     train_step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     eval_step = compile_eval_step(network, config, state.weights, mesh)
     log = MetricsLog(workdir, start_step=start, tensorboard=config.tensorboard)

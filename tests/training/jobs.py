@@ -50,9 +50,7 @@ class Job:
                         words,
                         cwd=ROOT,
                         env=environment,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        **popen,
+                        **(dict(stdout=file, stderr=subprocess.STDOUT) | popen),
                     )
                 )
 

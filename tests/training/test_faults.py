@@ -212,9 +212,10 @@ def test_a_full_disk_ends_the_run_and_spares_what_was_saved(straight, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    job = Job(workdir, SAVE_OFTEN, preexec_fn=limit)
-    assert job.wait() == [74], job.log()
-    assert "error: " in job.log() and "are intact" in job.log()
+    job = Job(workdir, SAVE_OFTEN, preexec_fn=limit, stdout=subprocess.PIPE)
+    told = job.processes[0].communicate(timeout=240)[0].decode()
+    assert job.wait() == [74], told
+    assert "error: " in told and "are intact" in told
     for step, saved in before.items():
         assert same_bits(saved, arrays(workdir, step)) == []
     completed(workdir)
