@@ -156,7 +156,7 @@ def test_training_goes_on_from_the_step_before_with_the_same_bits(
 def test_nothing_is_trained_anew_when_all_checkpoints_are_damaged(finished, tmp_path):
     workdir = str(shutil.copytree(finished, tmp_path / "run"))
     for step in (Path(workdir) / "checkpoints").glob("*"):
-        truncate(step)
+        empty(step)
     with pytest.raises(
         DamagedError, match=r"no checkpoint .* \[12, 8, 4\] are damaged"
     ):
