@@ -5,7 +5,7 @@ RUN := $(ENV)/bin/python
 # Huge pages make large arrays on CPU 1.3 to 2 times faster; other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: env quickstart check test lint
+.PHONY: env quickstart check test lint libtpu
 
 env: $(ENV)/done
 
@@ -31,6 +31,12 @@ check: lint
 # Everything.
 test: lint
 	$(RUN) -m pytest
+
+# The compiler of TPUs, for the test that rehearses a pod without one.  Not in the
+# environment: there JAX would look for a TPU in every program.
+libtpu: env
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .cache/libtpu libtpu==0.0.52
 
 lint: env
 	$(ENV)/bin/ruff check .

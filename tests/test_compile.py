@@ -1,0 +1,127 @@
+"""Laws of the rehearsal: its figures are those of arrays, devices and programs."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import jax
+import pytest
+
+from sparx_jax import chips
+from sparx_jax.chips import CHIPS, find_devices
+from sparx_jax.compile import collectives, largest_batch, predict, table
+from sparx_jax.errors import UserError
+from tests.training.jobs import CONFIG, FAST, ROOT
+
+LIBTPU = ROOT / ".cache/libtpu"
+CHIP = chips.Chip("made", memory=1000.0, flops=10.0, bandwidth=5.0, links=2.0)
+
+
+def test_collectives_are_counted_with_their_bytes():
+    text = """
+  %a = f32[10,2]{1,0} all-reduce(%x), replica_groups={}
+  %b = (bf16[8]{0}, bf16[4]{0}) all-reduce(%y, %z), to_apply=%sum
+  %c = (f32[2]{0}, f32[6]{0:T(128)}) all-gather-start(%q), dimensions={0}
+  %d = f32[6]{0} all-gather-done(%c)
+  %e = f32[] add(%f, %all-reduce)
+"""
+    assert collectives(text) == {"all-reduce": [2, 80 + 24], "all-gather": [1, 32]}
+
+
+def test_a_prediction_is_a_roofline():
+    step = {
+        "operations": 100.0,
+        "traffic": 10.0,
+        "cycles": 0,
+        "collectives": {"all-reduce": [1, 8]},
+    }
+    found = predict(step, CHIP, 4)
+    assert found == {"arithmetic": 10.0, "memory": 2.0, "network": 2 * 8 * 3 / 4 / 2}
+    found = predict(step | {"cycles": 60}, CHIP._replace(clock=20.0), 1)
+    assert (found["schedule"], found["network"]) == (3.0, 0.0)
+
+
+@pytest.mark.parametrize("first", [2, 16, 300])
+def test_the_largest_batch_is_found_and_was_compiled(first):
+    """Memory of 100 + 7 n, and a compiler that says so when it does not fit."""
+    compiled = []
+
+    def measure(n):
+        compiled.append(n)
+        peak = 100.0 + 7 * n
+        return {"peak": peak, "fits": peak <= 1000 * 15.75 / 16}
+
+    batch, step = largest_batch(measure, CHIP, measure(first), first, 4)
+    assert batch == 120 and step["peak"] == 940 and len(compiled) <= 4
+    assert batch in compiled or batch == first
+    none, _ = largest_batch(lambda n: {"peak": 2e3 + n, "fits": False}, CHIP,
+                            {"peak": 2e3, "fits": False}, 1, 1)  # fmt: skip
+    assert none == 0
+
+
+def test_a_step_that_does_not_fit_is_told(capsys):
+    step = {"per_device": 8, "peak": 3000.0, "fits": False, "parameters": 4.0}
+    text = "\n".join(table([("none, train", step)], CHIP, 4))
+    assert "300%: TOO MUCH" in text
+
+
+def test_unknown_devices_and_missing_compilers_are_told(monkeypatch):
+    for topology in ("v9:2x2", "v5e", "v5e:0xx"):
+        with pytest.raises(UserError, match="is not known; there are v5e:16x16"):
+            find_devices(topology)
+    monkeypatch.setattr(chips, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "jax\[tpu\]=='):
+        find_devices("v4:2x2x4")
+    devices, chip = find_devices("here")
+    assert devices == jax.devices() and chip.memory > 2**30
+    assert all(chip.memory > 1e9 and chip.links for chip in CHIPS.values())
+
+
+def rehearse(tmp_path, *flags, **env):
+    out = tmp_path / "figures.json"
+    words = [sys.executable, "-m", "sparx_jax.compile", CONFIG, *flags, f"--out={out}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST, **env}
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
+    flags = ["--nosearch", "--config.batch_size=16", "--config.eval_batch_size=8"]
+    told, found = rehearse(tmp_path, *flags, JAX_NUM_CPU_DEVICES="2")
+    assert "| one of 2 cpu | none, train | eval, eval |" in told
+    train, evaluation = found["steps"]["none"]["train"], found["steps"]["eval"]["eval"]
+    # 12,731 parameters and the statistics of BatchNorm, in float32; two moments.
+    assert 4 * 12_731 <= train["parameters"] < 4 * 13_500
+    assert train["average"] == train["parameters"]
+    assert train["optimizer"] >= 2 * 4 * 12_731
+    assert train["batch"] == 8 * (32 * 32 * 3 + 4 + 4)
+    assert evaluation["parameters"] == train["parameters"]
+    assert evaluation["average"] == evaluation["optimizer"] == 0
+    held = sum(train[k] for k in ("parameters", "average", "optimizer", "batch"))
+    assert train["fits"] and train["peak"] > held
+    assert train["peak"] > evaluation["peak"]
+    number, size = train["collectives"]["all-reduce"]
+    assert number >= 1 and size >= 4 * 12_731  # the gradient, at least
+    assert "all-gather" not in train["collectives"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("libtpu") is None and not LIBTPU.is_dir(),
+    reason="`make libtpu` puts TPU's compiler there; CI does",
+)
+def test_a_pod_that_is_not_there_is_rehearsed(tmp_path):
+    flags = ["--nosearch", "--topology=v5e:2x4"]
+    path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
+    told, found = rehearse(tmp_path, *flags, PYTHONPATH=path)
+    assert found["devices"] == 8 and found["device"]["kind"] == "TPU v5 lite"
+    train = found["steps"]["none"]["train"]
+    assert train["fits"] and train["cycles"] > 0 and "schedule" in told
+    assert "all-reduce" in train["collectives"]
+    assert "all-gather" not in train["collectives"]
