@@ -117,7 +117,7 @@ def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
     reason="`make libtpu` puts TPU's compiler there; CI does",
 )
 def test_a_pod_that_is_not_there_is_rehearsed(tmp_path):
-    flags = ["--nosearch", "--topology=v5e:2x4"]
+    flags = ["--nosearch", "--topology=v5e:2x4", "--config.eval_batch_size=8"]
     path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
     told, found = rehearse(tmp_path, *flags, PYTHONPATH=path)
     assert found["devices"] == 8 and found["device"]["kind"] == "TPU v5 lite"
