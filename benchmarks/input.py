@@ -100,7 +100,7 @@ def stages(files):
     cuts = [decode(file, np.random.default_rng(1)) for file in files]
     squares = [image.resize((224, 224)) for image in images]
 
-    def operations(apply):
+    def operations(apply, squares):
         for square, choice in zip(squares, choices, strict=True):
             for draw in choice.operations:
                 square = apply(draw, square, FILL)
@@ -115,7 +115,10 @@ def stages(files):
             lambda: [exact(image, np.random.default_rng(1)) for image in images],
             lambda: [fast(cut, None) for cut in cuts],
         ),
-        "RandAugment": (lambda: operations(Draw.apply), lambda: operations(operate)),
+        "RandAugment": (
+            lambda: operations(Draw.apply, squares),
+            lambda: operations(operate, [np.asarray(square) for square in squares]),
+        ),
     }
 
     def cost(function):
