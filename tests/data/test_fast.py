@@ -9,12 +9,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from sparx_jax.data.fast import fast_train_transform, operate
-from sparx_jax.data.rand_augment import Draw
+from sparx_jax.data.rand_augment import OPERATIONS, Draw
 from sparx_jax.data.transforms import decode_image, train_transform
 from sparx_jax.errors import UserError
 
 pytest.importorskip("cv2")
 pytest.importorskip("simplejpeg")
+
+MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 def config(**changes):
@@ -45,9 +47,7 @@ def test_fast_pictures_are_close_to_the_exact_ones(format, size):
         assert np.abs(fast - exact).mean() < 6, seed  # grey levels
 
 
-@pytest.mark.parametrize(
-    "name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
-)
+@pytest.mark.parametrize("name", MOVES)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_moves_go_where_the_exact_ones_go(name, sign):
     image = Image.fromarray(load_sample_images().images[0]).resize((61, 48))
@@ -57,6 +57,18 @@ def test_moves_go_where_the_exact_ones_go(name, sign):
     exact = np.asarray(draw.apply(image, fill), int)
     back = np.asarray(draw._replace(sign=-sign).apply(image, fill), int)
     assert np.abs(fast - exact).mean() < 2 < np.abs(fast - back).mean()
+
+
+@pytest.mark.parametrize("name", sorted(set(OPERATIONS) - set(MOVES)))
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_other_operations_differ_by_rounding(name, sign):
+    image = Image.fromarray(load_sample_images().images[0]).resize((61, 48))
+    draw = Draw(name, 7.0, sign, Image.Resampling.BILINEAR)
+    fast = operate(draw, np.asarray(image), (0, 0, 0)).astype(int)
+    exact = np.asarray(draw.apply(image, (0, 0, 0)), int)
+    inner = (slice(1, -1),) * 2  # Pillow does not smooth the border
+    assert np.abs(fast - exact)[inner].max() <= 3
+    assert np.abs(fast - exact).mean() < 1
 
 
 @pytest.mark.parametrize("kind", ["grey", "CMYK", "bytes after the end"])
