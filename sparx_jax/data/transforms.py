@@ -129,17 +129,10 @@ def apply_choice(
     image = image.crop(choice.box)
     if image.size != (size, size):
         image = image.resize((size, size), choice.resample)
-    return finish(image, choice, fill)
-
-
-def finish(
-    image: Image.Image, choice: Choice, fill: tuple, operate: Callable = Draw.apply
-) -> Image.Image:
-    """What follows on cropping and resizing."""
     if choice.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation in choice.operations:
-        image = operate(operation, image, fill)
+        image = operation.apply(image, fill)
     return image
 
 
