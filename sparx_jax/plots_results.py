@@ -14,6 +14,7 @@ from sparx_jax.plots import (
     INK,
     ORANGE,
     WIDTH,
+    add_legend,
     panel,
     render,
     save,
@@ -25,7 +26,7 @@ COLOURS = (BLUE, ORANGE, GREEN, INK, "#CC79A7", "#E69F00")
 
 
 def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) -> Figure:
-    """A line for each data set, named at its end; 12 inches wide.
+    """A line for each data set; 12 inches wide.
 
     Args:
       curves: data set -> resolution in pixels -> top-1 in percent.
@@ -36,13 +37,12 @@ def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) ->
     note = "top-1, %, by the edge of the square pictures, pixels"
     write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
     write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
-    axes = panel(figure, 0.75, 0.95, WIDTH - 1.95, 3.2, "")
+    axes = panel(figure, 0.75, 0.95, WIDTH - 1.1, 3.2, "")
     for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
         sizes = sorted(curve)
-        values = [curve[size] for size in sizes]
-        axes.plot(sizes, values, "o-", ms=4, lw=1.5, color=colour, mew=0)
-        where = dict(xytext=(7, 0), textcoords="offset points", va="center")
-        axes.annotate(name, (sizes[-1], values[-1]), size=9, color=colour, **where)
+        top1 = [curve[size] for size in sizes]
+        axes.plot(sizes, top1, "o-", ms=4, lw=1.5, color=colour, mew=0, label=name)
+    add_legend(axes, ncols=len(curves))
     axes.set_xticks(sorted({size for curve in curves.values() for size in curve}))
     axes.yaxis.set_major_formatter("{x:,.6g}")
     return figure

@@ -43,6 +43,7 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
             "tensorflow-cpu==2.21.0; training does without it."
         )
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow
 
     if archives is not None and not os.path.isdir(archives):
         raise UserError(f"--archives={archives} is not a folder: create or mend it.")
@@ -62,9 +63,13 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
         config = tfds.download.DownloadConfig(manual_dir=archives)
         try:
             builder.download_and_prepare(download_config=config)
-        except AssertionError as error:  # how TFDS asks for files
-            reason = " ".join(str(error).split())
-            raise UserError(f"{name}: {reason} (--archives={archives})") from error
+        except (AssertionError, tensorflow.errors.NotFoundError) as error:
+            # How TFDS asks for files that it cannot download.
+            asked = f"{error}; {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+            raise UserError(
+                f"{name} misses files: {' '.join(asked.split())} Its manual_dir is "
+                f"--archives={archives}."
+            ) from error
     counts = (f"{s.num_examples:,} {n}" for n, s in builder.info.splits.items())
     return f"{name}: {', '.join(counts)} pictures in {folder}"
 
@@ -105,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(os.EX_CONFIG) from None
-    print(f"train with --config.data.name=tfds --config.data.root={options.root}")
+    print(
+        f"train with --config.data.name=tfds --config.data.root={options.root}, "
+        "--config.data.tfds_name=NAME and, of imagenet2012, "
+        "--config.data.eval_split=validation"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Data sets that TFDS has prepared as ArrayRecord, read without TensorFlow."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sparx_jax.errors import UserError
@@ -22,7 +22,7 @@ class TfdsSource:
     for each call).
 
     Args:
-      root: TFDS's `data_dir`, which may be a bucket (gs://...).
+      root: TFDS's `data_dir`.
       name: of the data set, with its configuration if it has any, such as
         "imagenet2012" or "imagenet_v2/matched-frequency".
       split: in TFDS's notation, such as "train" or "train[:90%]".
@@ -54,7 +54,7 @@ class TfdsSource:
         self._ends = np.cumsum([shard.take for shard in shards])
         self._shards = [(shard.filename, shard.skip) for shard in shards]
         for path, _ in self._shards:
-            if not epath.Path(path).exists():
+            if not Path(path).exists():
                 raise UserError(
                     f"{path} is missing: copy it there or prepare {name} anew."
                 )
@@ -62,7 +62,7 @@ class TfdsSource:
 
     def _newest_version(self, root, name):
         # A run of TFDS that was killed leaves a folder "incomplete...".
-        found = epath.Path(root, name).glob("[0-9]*/dataset_info.json")
+        found = Path(root, name).glob("[0-9]*/dataset_info.json")
         versions = {tfds.core.Version(path.parent.name): path.parent for path in found}
         if not versions:
             raise UserError(
@@ -72,9 +72,9 @@ class TfdsSource:
         return versions[max(versions)]
 
     def _keys(self, info):
-        keys = info.supervised_keys or ("?", "?")
-        kinds = tuple(type(info.features.get(key)) for key in keys)
-        if kinds != (tfds.features.Image, tfds.features.ClassLabel):
+        keys = info.supervised_keys or ()
+        kinds = [type(info.features[key]) for key in keys if key in info.features]
+        if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
             raise UserError(
                 f"{self._title} is not for classification: choose a set whose "
                 "supervised keys are an image and a class."
