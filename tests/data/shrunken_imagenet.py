@@ -1,16 +1,14 @@
 """ImageNet and its evaluation sets with real names and few, tiny, made pictures.
 
-`write_folders`, `write_eval_sets` make them as folders, `write_archives` packs those as
-the official archives, and
-
-    python -m tests.data.shrunken_imagenet ARCHIVES ROOT
-
-prepares the archives with TFDS's own builders, after a first run was killed.
+`write_folders` and `write_eval_sets` make them as folders, `write_archives` packs those
+as the official archives, and `prepare_archives` prepares them with TFDS's own builders,
+which is what this file does as a program, after a first run was killed.
 """
 
 import hashlib
 import io
 import os
+import subprocess
 import sys
 import tarfile
 from importlib.util import find_spec
@@ -94,6 +92,18 @@ def write_archives(root, archives):
             archives / archive, "w:gz" if "gz" in archive else "w"
         ) as tar:
             tar.add(root / folder, folder)
+
+
+def prepare_archives(archives, root):
+    """What the process printed (stdout, stderr); it needs TensorFlow, this one not."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.data.shrunken_imagenet", archives, root],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
 
 
 def _accept_checksums(archives):

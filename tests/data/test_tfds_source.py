@@ -18,6 +18,7 @@ from sparx_jax.errors import UserError
 from tests.data.shrunken_imagenet import (
     VAL_WNIDS,
     WNIDS,
+    prepare_archives,
     write_archives,
     write_eval_sets,
     write_folders,
@@ -44,16 +45,9 @@ def prepared(tmp_path_factory):
     write_eval_sets(folders, v2=v2, a=CLASSES[::3], r=CLASSES[1:3])
     (folders / "real.json").write_text(json.dumps([[n, n + 1] for n in range(9)]))
     write_archives(folders, archives)
-    module = "tests.data.shrunken_imagenet"
-    result = subprocess.run(
-        [sys.executable, "-m", module, str(archives), str(root)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert result.returncode == 0, result.stderr
+    out, errors = prepare_archives(archives, root)
     shutil.copy(folders / "real.json", root)
-    return Prepared(folders, root, result.stdout, result.stderr)
+    return Prepared(folders, root, out, errors)
 
 
 def tfds(root, split="train", name="imagenet2012"):
