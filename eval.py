@@ -2,10 +2,14 @@
 
 python eval.py --config=configs/digits.py --workdir=runs/digits
 python eval.py ... --step=latest --weights=raw
+python eval.py ... --datasets=val,real,v2,a,r --resolutions=224,384,512
+
+The sets are looked for in data.root; see sparx_jax/data/eval_sets.py.
 """
 
 from absl import flags
 
+from sparx_jax.errors import UserError
 from sparx_jax.training import cli
 from sparx_jax.training.evaluate import evaluate_checkpoint
 
@@ -13,11 +17,27 @@ STEP = flags.DEFINE_string("step", "best", "Checkpoint: best, latest or its numb
 WEIGHTS = flags.DEFINE_enum(
     "weights", "auto", ["auto", "raw", "ema"], "Which weights; auto: ema if saved."
 )
+DATASETS = flags.DEFINE_list("datasets", ["val"], "Rows of the table: val,real,v2,a,r.")
+RESOLUTIONS = flags.DEFINE_list(
+    "resolutions", [], "Columns, in pixels; none: that of the config."
+)
 
 
 def main(config, workdir):
-    """Prints the evaluation of the checkpoint that the flags name."""
-    evaluate_checkpoint(config, workdir, step=STEP.value, weights=WEIGHTS.value)
+    """Prints the evaluation that the flags describe."""
+    if not all(word.isdigit() for word in RESOLUTIONS.value):
+        raise UserError(
+            f"--resolutions={','.join(RESOLUTIONS.value)} is not a list of pixels: "
+            "write it as 224,384."
+        )
+    evaluate_checkpoint(
+        config,
+        workdir,
+        step=STEP.value,
+        weights=WEIGHTS.value,
+        datasets=DATASETS.value,
+        resolutions=[int(word) for word in RESOLUTIONS.value],
+    )
 
 
 if __name__ == "__main__":

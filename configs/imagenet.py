@@ -1,16 +1,37 @@
 """Recipes for ImageNet-1K at 224 x 224 pixels: the SparX and the Swin authors'.
 
-    python train.py --config=configs/imagenet.py:sparx_mamba_t --workdir=runs/t \
+    python train.py --config=configs/imagenet.py:VARIANT --workdir=runs/VARIANT \
         --config.data.root=/path/to/imagenet
 
-`root` holds train/<class>/*.JPEG and val/<class>/*.JPEG. The authors trained on 8 GPUs
-with 256 pictures each; any mesh whose devices divide 2048 gives the same batches.
+`root` holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG. For the archives as TFDS
+prepares them (python -m sparx_jax.data.prepare imagenet2012) add
 
-    variant                 top-1 that the papers report
-    sparx_mamba_t, _s, _b   83.5, 84.2, 84.5 %
-    sparx_swin_t            82.6 % (for a network that is not public)
-    swin_t, _s, _b          81.3, 83.0, 83.5 %
-    vmamba_t, _s, _b        82.6, 83.6, 83.9 %
+        --config.data.name=tfds --config.data.eval_split=validation
+
+    python eval.py ... --datasets=val,real,v2,a,r --resolutions=224,384,512
+
+makes the tables of robustness and of resolutions; see sparx_jax/data/eval_sets.py.
+
+    variant        epochs  batch  top-1, %, of the papers  time of 300 epochs
+    sparx_mamba_t   310    2048   83.5                     unknown
+    sparx_mamba_s   310    2048   84.2                     unknown
+    sparx_mamba_b   310    2048   84.5                     unknown
+    sparx_swin_t    300    1024   82.6 (see the README)    unknown
+    sparx_swin_s    300    1024   none                     unknown
+    sparx_swin_b    300    1024   none                     unknown
+    swin_t          300    1024   81.3                     unknown
+    swin_s          300    1024   83.0                     unknown
+    swin_b          300    1024   83.5                     unknown
+    vmamba_t        300    1024   82.6                     23 h
+    vmamba_s        300    1024   83.6                     43 h
+    vmamba_b        300    1024   83.9                     54 h
+
+Hardware: the authors had 8 GPUs with 256 or 128 pictures each; any mesh whose devices
+divide the batch sees the same batches. Time: computed from the 571, 314 and 247
+pictures a second that VMamba's README gives for training its PyTorch code on an A100,
+for 8 of them; this program was not timed on such machines. The host has to keep up:
+timm's transforms took 4.15 ms of a core for a picture (measured, AMD EPYC), ours as
+long, so 300 epochs take 443 core hours, and the 16 workers set below 28 h.
 
 Not trained here yet: no accuracy of this program on ImageNet is known.
 """
@@ -53,6 +74,7 @@ def get_config(variant: str = "sparx_mamba_t"):
     config.model.dtype = "bfloat16"
 
     config.data.name = "folder"
+    config.data.tfds_name = "imagenet2012"  # for name = "tfds"
     config.data.eval_split = "val"
     config.data.image_size = 224  # pixels
     config.data.crop = "resized"

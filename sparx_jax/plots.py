@@ -210,10 +210,10 @@ def _draw_wiring_legend(axes):
         key("read from a normal layer or the stage input", color=BLUE, lw=1.3),
         key("read from an earlier ganglion", color=ORANGE, lw=1.3),
     ]
-    _legend(axes, handles=keys, ncols=len(keys))
+    add_legend(axes, handles=keys, ncols=len(keys))
 
 
-def _legend(axes, **options):
+def add_legend(axes: Axes, **options) -> None:
     """Above the upper right corner, where it hides nothing."""
     style = dict(frameon=False, fontsize=7.5, columnspacing=1.2, handlelength=1.4)
     style.update(handletextpad=0.5, borderaxespad=0.2, labelcolor=INK)
@@ -320,7 +320,7 @@ def _draw_curves(figure, history):
     for axes in (loss, top1):
         axes.tick_params(labelbottom=False)
         if axes.lines:
-            _legend(axes, ncols=3)
+            add_legend(axes, ncols=3)
     for axes in (axes for axes in (rate, speed) if axes.lines):
         axes.set_xlabel("step", loc="right", size=7.5, color=GREY, labelpad=1)
     for axes in (loss, rate, top1, speed):

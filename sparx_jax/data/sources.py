@@ -30,23 +30,28 @@ def open_source(data: Any, split: str) -> Source:
     """Opens the dataset that the `data` configuration names.
 
     Args:
-      data: attributes `name` ("digits" or "folder"); for digits `image_size`, pixels;
-        for folders `root` and optionally `train_split` and `eval_split`, the names of
-        the split folders ("train" and "test" if absent).
+      data: attributes `name` ("digits", "folder" or "tfds"); for digits `image_size`,
+        pixels; for the others `root` and optionally `train_split` and `eval_split`,
+        the names of the splits ("train" and "test" if absent); for tfds `tfds_name`.
       split: "train" or "eval".
 
     Raises:
-      UserError: the name or split is unknown, or the folders do not hold a dataset.
+      UserError: the name or split is unknown, or `root` does not hold the dataset.
     """
     if split not in ("train", "eval"):
         raise UserError(f"The split is {split!r}: use 'train' or 'eval'.")
     if data.name == "digits":
         return DigitsSource(split, data.image_size)
+    train = getattr(data, "train_split", "train")
+    chosen = train if split == "train" else getattr(data, "eval_split", "test")
     if data.name == "folder":
-        train = getattr(data, "train_split", "train")
-        test = getattr(data, "eval_split", "test")
-        return FolderSource(data.root, train if split == "train" else test, train)
-    raise UserError(f"data.name is {data.name!r}: use 'digits' or 'folder'.")
+        return FolderSource(data.root, chosen, train)
+    if data.name == "tfds":
+        # Imported here because it takes seconds that the others need not spend.
+        from sparx_jax.data.tfds_source import TfdsSource
+
+        return TfdsSource(data.root, data.tfds_name, chosen)
+    raise UserError(f"data.name is {data.name!r}: use 'digits', 'folder' or 'tfds'.")
 
 
 class DigitsSource:
@@ -116,17 +121,17 @@ class FolderSource:
             files += map(os.fsencode, class_files)
             labels += [label_of[name]] * len(class_files)
         # Fixed-width bytes: ImageNet's 1.28 million names become one array of 36 MB.
-        self._files, self._labels = np.array(files), np.array(labels, np.int32)
+        self._files, self.labels = np.array(files), np.array(labels, np.int32)
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with open(self.name(index), "rb") as file:
-            return {"image": file.read(), "label": int(self._labels[index])}
+            return {"image": file.read(), "label": int(self.labels[index])}
 
     def name(self, index: int) -> str:
-        class_name = self.class_names[self._labels[index]]
+        class_name = self.class_names[self.labels[index]]
         return os.path.join(self._path, class_name, os.fsdecode(self._files[index]))
 
 

@@ -24,9 +24,12 @@ FREE_SETTINGS = (
 class DataConfig:
     """Which pictures, and how they are cut and normalised."""
 
-    name: Literal["digits", "folder"] = "folder"
+    name: Literal["digits", "folder", "tfds"] = "folder"
     root: str = ""
-    """For `folder`: the folder that holds <split>/<class>/*.jpg."""
+    """For `folder`: the folder that holds <split>/<class>/*.jpg; for `tfds`: the one
+    that `python -m sparx_jax.data.prepare` wrote to (TFDS's `data_dir`)."""
+    tfds_name: str = "imagenet2012"
+    """For `tfds`: any of TFDS's sets for classification."""
     train_split: str = "train"
     eval_split: str = "test"
     decode: Literal["exact", "fast"] = "exact"

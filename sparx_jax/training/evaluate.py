@@ -1,11 +1,14 @@
 """Evaluation of a whole split: every example counts once, whatever the batch size."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,16 +16,19 @@ from ml_collections import ConfigDict
 from sparx_jax import models
 from sparx_jax.data import (
     UNREADABLE,
+    EvalSet,
     Source,
     decode_image,
     eval_batches,
     eval_transform,
+    open_eval_set,
 )
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import Config, as_dict
 from sparx_jax.training.logging import Stopwatch, duration, read_metrics, say
+from sparx_jax.training.results import Result, table, write_results
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.state import Weights
 from sparx_jax.training.step import compile_eval_step
@@ -84,7 +90,13 @@ def evaluate_split(
 
 
 def evaluate_checkpoint(
-    settings: ConfigDict, workdir: str, *, step: str = "best", weights: str = "auto"
+    settings: ConfigDict,
+    workdir: str,
+    *,
+    step: str = "best",
+    weights: str = "auto",
+    datasets: Sequence[str] = ("val",),
+    resolutions: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Restores a checkpoint onto whatever mesh there is, evaluates it and reports.
 
@@ -93,13 +105,18 @@ def evaluate_checkpoint(
       workdir: of the run.
       step: "best", "latest" or a number.
       weights: "raw", "ema", or "auto" for the average if it was saved.
+      datasets: of `data.eval_sets`, in the order of the rows of the table.
+      resolutions: pixels of the square pictures; none: that of the config.  Each
+        compiles anew; the crop ratio stays, and memory may ask for a smaller
+        `eval_batch_size`.
 
     Returns:
-      What is printed as one line of JSON: `top1` and `top5` in percent, `loss` in
-      nats, `examples`, `unreadable` (which are left out), `step`, `weights`, `model`,
-      `workdir`.
+      What is printed as one line of JSON: `step`, `weights`, `model`, `workdir`, and
+      `results`, the fields of each `Result`; those of the first are there once more on
+      their own.
 
-    Raises UserError if there is no such checkpoint or it is of another model.
+    Raises UserError if there is no such checkpoint, it is of another model, or a set or
+    resolution cannot be evaluated.
     """
     watch = Stopwatch()
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -107,6 +124,9 @@ def evaluate_checkpoint(
     if weights == "auto":
         weights = "ema" if checkpoints.has_ema(number) else "raw"
     config, _, source, mesh = prepare(settings)
+    sizes = resolutions or (config.data.image_size,)
+    configs = [_at_resolution(config, size) for size in sizes]
+    sets = {name: open_eval_set(name, config.data, source) for name in datasets}
     network, like = states.split(models.build(config.model, config.seed))
     like = jax.device_put(like, state_shardings(like, mesh))
     restored = checkpoints.restore_weights(
@@ -114,26 +134,88 @@ def evaluate_checkpoint(
     )
     checkpoints.close()
     watch.lap("restoring")
-    eval_step = compile_eval_step(network, config, restored, mesh)
-    evaluation = evaluate_split(eval_step, restored, config, source, mesh)
-    watch.lap("evaluation, compilation included,")
-    report = write_report(workdir, config, evaluation, source, step=number)
-    watch.lap("report")
-    parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
-    say(f"{report} shows the run ({parts})")
-    result = {
+    results = []
+    for at_size in configs:
+        eval_step = compile_eval_step(network, at_size, restored, mesh)
+        rows, evaluation = evaluate_sets(eval_step, restored, at_size, sets, mesh)
+        results += rows
+        watch.lap("evaluation, compilation included,")
+        if evaluation and at_size == config:
+            write_report(workdir, config, evaluation, source, step=number)
+            watch.lap("report")
+    title = f"{config.model_name} after step {number:,}, {weights} weights"
+    summary = {
         "model": config.model_name,
         "workdir": str(workdir),
         "step": number,
         "weights": weights,
-        "examples": evaluation.examples,
-        "unreadable": evaluation.unreadable,
-        "loss": evaluation.loss,
-        "top1": evaluation.top1,
-        "top5": evaluation.top5,
+        **results[0]._asdict(),
+        "results": [result._asdict() for result in results],
     }
-    say(json.dumps(result))
-    return result
+    if jax.process_index() == 0:
+        write_results(workdir, title, results, summary)
+    parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
+    say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
+    say(json.dumps(summary))
+    return summary
+
+
+def evaluate_sets(
+    eval_step: Callable[[Weights, dict], dict],
+    weights: Weights,
+    config: Config,
+    sets: Mapping[str, EvalSet],
+    mesh: Mesh,
+) -> tuple[list[Result], Evaluation | None]:
+    """A result for each set, and the evaluation of the evaluation split, if any.
+
+    Sets that differ only in what is right share one pass over the pictures.
+    """
+    results, passes = [], {}
+    for name, (source, classes, answers) in sets.items():
+        if id(source) not in passes:
+            allowed = weights if classes is None else restrict(weights, classes)
+            passes[id(source)] = evaluate_split(
+                eval_step, allowed, config, source, mesh
+            )
+        evaluation = passes[id(source)]
+        row = Result(name, config.data.image_size, *evaluation[:5])
+        results.append(
+            row if answers is None else _by_answers(row, evaluation, answers)
+        )
+    val = sets.get("val") or sets.get("real")
+    return results, val and passes[id(val.source)]
+
+
+def restrict(weights: Weights, classes: np.ndarray) -> Weights:
+    """Weights of a network that gives all but `classes` no chance.
+
+    The logits of `classes` keep their bits, so that the highest of them, and the
+    softmax over them, are those of a network without the other classes.
+    """
+    bias = weights.params["head.bias"]
+    allowed = np.isin(np.arange(len(bias)), classes)
+    # Finite, since a logit of minus infinity times a target of 0 would be NaN.
+    bias = jax.jit(partial(jnp.where, allowed), out_shardings=bias.sharding)(bias, -1e9)
+    return weights._replace(params=weights.params | {"head.bias": bias})
+
+
+def _by_answers(row, evaluation, answers):
+    """ReaL: right is any of several labels; pictures without one count for nothing."""
+    right = [
+        predicted in labels
+        for predicted, label, labels in zip(
+            evaluation.predicted, evaluation.label, answers, strict=True
+        )
+        if labels and label >= 0  # -1: could not be read
+    ]
+    top1 = 100 * float(np.mean(right))
+    return row._replace(examples=len(right), top1=top1, top5=None, loss=None)
+
+
+def _at_resolution(config, size):
+    data = dataclasses.replace(config.data, image_size=size)
+    return dataclasses.replace(config, data=data)
 
 
 def write_report(

@@ -1,5 +1,7 @@
 """The recipes of configs/ are complete and valid."""
 
+import difflib
+
 import pytest
 
 from configs import imagenet
@@ -7,6 +9,26 @@ from sparx_jax import list_models
 from sparx_jax.errors import UserError
 from sparx_jax.training.config import as_dict, from_config_dict
 from sparx_jax.training.loop import plan
+from tests.training import config_goldens
+
+
+@pytest.mark.parametrize("name", config_goldens.RECIPES)
+def test_resolved_recipe_is_the_recorded_one(name):
+    path = config_goldens.FOLDER / f"{name}.txt"
+    old, new = path.read_text(), config_goldens.text(name)
+    if old != new:
+        lines = (text.splitlines() for text in (old, new))
+        diff = difflib.unified_diff(*lines, str(path), "now", lineterm="", n=0)
+        pytest.fail(
+            "\n".join(diff) + "\nIf that is meant, renew the texts: "
+            "python -m tests.training.config_goldens",
+            pytrace=False,
+        )
+
+
+def test_every_text_has_its_recipe():
+    texts = {path.stem for path in config_goldens.FOLDER.iterdir()}
+    assert texts == set(config_goldens.RECIPES)
 
 
 @pytest.mark.parametrize("variant", list_models("*_[tsb]"))

@@ -1,0 +1,55 @@
+"""The picture of an evaluation at several resolutions."""
+
+import os
+from collections.abc import Mapping
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sparx_jax.plots import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    WIDTH,
+    add_legend,
+    panel,
+    render,
+    save,
+    write_line,
+)
+
+# The last two are Okabe and Ito's as well.
+COLOURS = (BLUE, ORANGE, GREEN, INK, "#CC79A7", "#E69F00")
+
+
+def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) -> Figure:
+    """A line for each data set; 12 inches wide.
+
+    Args:
+      curves: data set -> resolution in pixels -> top-1 in percent.
+      title: above the picture.
+    """
+    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI)
+    FigureCanvasAgg(figure)
+    note = "top-1, %, by the edge of the square pictures, pixels"
+    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
+    write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
+    axes = panel(figure, 0.75, 0.95, WIDTH - 1.1, 3.2, "")
+    for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
+        sizes = sorted(curve)
+        top1 = [curve[size] for size in sizes]
+        axes.plot(sizes, top1, "o-", ms=4, lw=1.5, color=colour, mew=0, label=name)
+    add_legend(axes, ncols=len(curves))
+    axes.set_xticks(sorted({size for curve in curves.values() for size in curve}))
+    axes.yaxis.set_major_formatter("{x:,.6g}")
+    return figure
+
+
+def write_resolutions(
+    path: str | os.PathLike, curves: Mapping[str, Mapping[int, float]], title: str
+) -> None:
+    """Writes `resolutions_figure` as a PNG."""
+    save(render(resolutions_figure(curves, title)), path, Title=title)

@@ -1,0 +1,56 @@
+"""The table of an evaluation: top-1 by data set and resolution."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """A data set at a resolution."""
+
+    dataset: str
+    """See `data.eval_sets`."""
+    resolution: int
+    """Pixels of the square pictures."""
+    loss: float | None
+    """Nats; None where several labels are right."""
+    top1: float
+    """Percent."""
+    top5: float | None
+    examples: int
+    unreadable: int = 0
+    """Examples that the means leave out."""
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row for each data set, top-1 in percent for each resolution."""
+    resolutions = sorted({result.resolution for result in results})
+    top1 = {(r.dataset, r.resolution): f"{r.top1:.2f}" for r in results}
+    examples = {r.dataset: f"{r.examples:,}" for r in results}
+    rows = [
+        ["top-1 %", "pictures", *(f"{size} px" for size in resolutions)],
+        ["---", *["---:"] * (1 + len(resolutions))],
+        *(
+            [name, count, *(top1[name, size] for size in resolutions)]
+            for name, count in examples.items()
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write_results(
+    workdir: str, title: str, results: Sequence[Result], summary: dict[str, Any]
+) -> None:
+    """Writes `results.md`, `results.json` and, of several resolutions, a picture."""
+    folder = Path(workdir)
+    (folder / "results.md").write_text(f"{title}:\n\n{table(results)}\n")
+    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if len({result.resolution for result in results}) > 1:
+        from sparx_jax import plots_results  # matplotlib takes a second
+
+        curves = {}
+        for result in results:
+            curve = curves.setdefault(result.dataset, {})
+            curve[result.resolution] = result.top1
+        plots_results.write_resolutions(folder / "results.png", curves, title)
