@@ -27,6 +27,8 @@ ALLOWED = {
     "plots_sweep": {"plots"},
     "plots_results": {"plots"},
     "sweep": {"training", "plots_sweep", "errors"},
+    "chips": {"errors"},
+    "compile": {"chips", "errors", "parallel", "training"},
     "summary": {"models", "plots", "errors", "checks"},
     "__init__": {"models", "interop"},
 }

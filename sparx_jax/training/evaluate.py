@@ -64,7 +64,12 @@ def evaluate_split(
     batches = eval_batches(
         config.data, source, batch_size=config.eval_batch_size, **process_share()
     )
-    results = jax.device_get([eval_step(weights, put_batch(b, mesh)) for b in batches])
+    results = []
+    for batch in batches:
+        results.append(eval_step(weights, put_batch(batch, mesh)))
+        if len(results) > 1:  # the device is one batch behind, not the whole split
+            results[-2] = jax.device_get(results[-2])
+    results = jax.device_get(results)
 
     def total(name):
         return float(sum(np.float64(result[name]) for result in results))

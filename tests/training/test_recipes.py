@@ -68,6 +68,8 @@ def test_imagenet_recipe_is_the_authors(variant):
         beta1=0.9,
         beta2=0.999,
         eps=1e-8,
+        layer_decay=1.0,
+        frozen="",
     )
     data = config.data
     assert (data.crop_ratio, data.scale) == (crop_ratio, (0.08, 1.0))
