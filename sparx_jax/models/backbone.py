@@ -49,7 +49,7 @@ class Stage(nnx.Module):
         self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
-        call = _recompute(Block.__call__, self.remat_blocks)
+        call = _recompute(lambda block, *given: block(*given), self.remat_blocks)
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
             block_key = None if key is None else jax.random.fold_in(key, index)

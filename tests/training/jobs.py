@@ -57,10 +57,10 @@ class Job:
     def log(self, index=0):
         return self.logs[index].read_text()
 
-    def wait_for(self, text, timeout=240):
-        """Until process 0 has printed `text`."""
+    def wait_for(self, *texts, timeout=240):
+        """Until process 0 has printed one of `texts`."""
         end = time.monotonic() + timeout
-        while text not in self.log():
+        while not any(text in self.log() for text in texts):
             ended = self.processes[0].poll() is not None
             assert not ended and time.monotonic() < end, self.log()
             time.sleep(0.005)
