@@ -32,7 +32,7 @@ check: lint
 
 # Everything.
 test: lint
-	$(RUN) -m pytest $(WORKERS)
+	$(RUN) -m pytest $(WORKERS) --durations=40
 
 # The compiler of TPUs, for the test that rehearses a pod without one.  Not in the
 # environment: there JAX would look for a TPU in every program.

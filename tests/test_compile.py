@@ -93,6 +93,7 @@ def rehearse(tmp_path, *flags, **env):
 @pytest.mark.slow
 def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
     flags = ["--nosearch", "--config.batch_size=16", "--config.eval_batch_size=8"]
+    flags.append("--config.model.num_classes=10")
     told, found = rehearse(tmp_path, *flags, JAX_NUM_CPU_DEVICES="2")
     assert "| one of 2 cpu | none, train | eval, eval |" in told
     train, evaluation = found["steps"]["none"]["train"], found["steps"]["eval"]["eval"]

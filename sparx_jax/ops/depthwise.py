@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparx_jax.parallel import shard_batch
 from sparx_jax.typing import Array, Float
 
 
@@ -33,7 +34,7 @@ def _depthwise(x, kernel, stride):
     return lax.platform_dependent(
         x,
         kernel,
-        cpu=partial(_shifted_sum, stride=stride),
+        cpu=shard_batch(partial(_shifted_sum, stride=stride), "b.", "b"),
         default=partial(_grouped_conv, stride=stride),
     )
 
@@ -46,7 +47,7 @@ def _backward(stride, residuals, grad):
     return lax.platform_dependent(
         *residuals,
         grad,
-        cpu=partial(_shifted_sum_vjp, stride=stride),
+        cpu=shard_batch(partial(_shifted_sum_vjp, stride=stride), "b.b", "b+"),
         default=lambda x, kernel, grad: jax.vjp(
             partial(_grouped_conv, stride=stride), x, kernel
         )[1](grad),

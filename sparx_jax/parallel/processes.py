@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparx_jax.errors import PeerLostError, Preempted, UserError
 
@@ -66,6 +68,8 @@ def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None
         )
         os._exit(PeerLostError.exit_code)
 
+    # Before training there is nothing to save: SIGTERM ends the process.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX itself ends the process with a stack trace; this is a little earlier.
     watchdog = threading.Timer(start_timeout_s, give_up)
     watchdog.daemon = True
@@ -135,34 +139,53 @@ def together(function: Callable[[], Any]) -> Any:
 
 
 class StopRequest:
-    """Whether to save and stop, because some process of the job got SIGTERM."""
+    """Whether to save and stop, because some process of the job got SIGTERM.
+
+    JAX's own service for this cannot be used: each save by Orbax resets its counter of
+    calls, after which the processes may wait for a number that never comes.
+    """
 
     def __init__(self):
         self._received = False
-        self._polls = 0
+        self._anywhere = None
 
     def poll(self) -> bool:
-        """True once, at the same call on all processes, which must call equally often.
+        """True at the same call on all processes, which must call equally often.
 
-        A signal that arrives while XLA compiles counts at the next call.
+        With more processes than one this is the answer to the call before: waiting
+        for an exchange of this moment would leave the devices idle.
         """
-        self._polls += 1
-        if jax.distributed.is_initialized():
-            return multihost_utils.reached_preemption_sync_point(self._polls)
-        return self._received
+        if jax.process_count() == 1:
+            return self._received
+        before, self._anywhere = self._anywhere, _any(self._received)
+        return before is not None and bool(before)
 
     def _receive(self, number, frame):
         del number, frame
         self._received = True
 
 
+def _any(flag: bool) -> jax.Array:
+    """Whether `flag` is true on any process; returns before that is known."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    flags = jax.make_array_from_process_local_data(
+        NamedSharding(mesh, P("all")), np.full(jax.local_device_count(), flag)
+    )
+    return _logical_or(flags)
+
+
+@jax.jit
+def _logical_or(flags):
+    return flags.any()
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns SIGTERM from death into a `StopRequest` while it is open."""
+    """Turns SIGTERM from death into a `StopRequest` while it is open.
+
+    A signal that arrives while XLA compiles counts at the next poll.
+    """
     request = StopRequest()
-    if jax.distributed.is_initialized():  # JAX listens to the signal
-        yield request
-        return
     before = signal.signal(signal.SIGTERM, request._receive)
     try:
         yield request

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sparx_jax.layers.norm import BatchNorm
-from sparx_jax.parallel import batch_sharding, replicated, state_shardings
+from sparx_jax.parallel import batch_on, batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
 from sparx_jax.training.mixing import erase, mix
 from sparx_jax.training.optimizer import gradient_norm, is_frozen, trainable
@@ -161,8 +161,9 @@ def jit_train_step(
     The seed is an argument so that runs that differ in it share what is compiled.
     """
     shardings = state_shardings(state, mesh)
+    step = partial(train_step, network.train, config, optimizer, schedule)
     return jax.jit(
-        partial(train_step, network.train, config, optimizer, schedule),
+        batch_on(mesh, step),
         in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
@@ -188,7 +189,7 @@ def compile_eval_step(
 ) -> Any:
     """`(weights, batch) -> sums and answers`, the same on every process."""
     return jax.jit(
-        partial(eval_step, network.eval, config),
+        batch_on(mesh, partial(eval_step, network.eval, config)),
         in_shardings=(state_shardings(weights, mesh), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )

@@ -42,24 +42,24 @@ def test_a_fingerprint_is_two_sums_of_words(dtype):
     assert fingerprints([array]) == {"0": expected}
 
 
-def biggest_file(item):
-    """Of those that hold arrays."""
-    return max((item / "ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().st_size)
+def data_files(item):
+    """Of the arrays, and of trees of which an array's write made a newer version."""
+    return list((item / "ocdbt.process_0/d").iterdir())
 
 
 def flip(item):
     def damage(step):
-        path = biggest_file(step / item)
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 8
-        path.write_bytes(content)
+        for path in data_files(step / item):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 8
+            path.write_bytes(content)
 
     return damage
 
 
 def truncate(step):
-    path = biggest_file(step / "params")
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for path in data_files(step / "params"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def empty(step):
@@ -76,10 +76,10 @@ def without_meta(step):
 
 
 DAMAGES = {
-    "a flipped bit in params": flip("params"),
-    "a flipped bit in ema": flip("ema"),
-    "a flipped bit in optimizer": flip("optimizer"),
-    "a truncated file": truncate,
+    "a flipped bit in each file of params": flip("params"),
+    "a flipped bit in each file of ema": flip("ema"),
+    "a flipped bit in each file of optimizer": flip("optimizer"),
+    "truncated files": truncate,
     "an empty folder": empty,
     "a half-copied folder": half_copied,
     "no meta": without_meta,
@@ -124,7 +124,8 @@ def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
     """Orbax itself restores it: without the fingerprint nothing would be told."""
     workdir = str(shutil.copytree(finished, tmp_path / "run"))
     step = Path(workdir) / "checkpoints" / "12"
-    data, told = biggest_file(step / "optimizer"), []
+    data = max(data_files(step / "optimizer"), key=lambda path: path.stat().st_size)
+    told = []
     content, model = data.read_bytes(), as_dict(run.config)["model"]
     checkpoints = Checkpoints(workdir, read_only=True)
     for place in range(len(content) // 20, len(content), len(content) // 6):

@@ -1,0 +1,63 @@
+"""Functions that every device applies to its own part of the batch."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sparx_jax.parallel.mesh import AXES
+
+
+def batch_on(mesh: Mesh, function: Callable) -> Callable:
+    """`function`, to be compiled, whose batches are split over `mesh`."""
+
+    @wraps(getattr(function, "func", function))  # a partial has no name
+    def inside(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return inside
+
+
+def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:
+    """`function`, called on each device's part of the batch.
+
+    XLA cannot split a loop over the batch or a hand-written kernel by itself: it would
+    gather the whole batch on every device.  Does nothing where `batch_on` named no mesh
+    of several devices.
+
+    Args:
+      function: of arrays.
+      inputs: a letter for each of them: "b" if its first axis is the batch, "." if
+        every device has all of it.
+      outputs: the same for the results, and "+" for a sum over the batch.
+    """
+    specs = {"b": P(AXES), ".": P(), "+": P()}
+
+    def whole(*arrays: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arrays)
+
+        def part(*arrays):
+            results = function(*arrays)
+            if len(outputs) == 1:
+                results = (results,)
+            return tuple(
+                lax.psum(result, AXES) if kind == "+" else result
+                for kind, result in zip(outputs, results, strict=True)
+            )
+
+        results = jax.shard_map(
+            part,
+            in_specs=tuple(specs[kind] for kind in inputs),
+            out_specs=tuple(specs[kind] for kind in outputs),
+            check_vma=False,
+        )(*arrays)
+        return results if len(outputs) > 1 else results[0]
+
+    return whole
