@@ -4,7 +4,8 @@
         --topology=v5e:16x16 --remat=none,block
 
 The steps are those of train.py and eval.py, compiled for every device of the topology
-by the compiler of that device, which has to be installed, but nothing runs.  Memory and
+by the compiler of that device, which has to be installed, but nothing runs.  No data is
+opened: there are `config.model.num_classes`, 1,000 if that is not set.  Memory and
 collectives are what the compiler has decided; times are predictions from the chip's
 datasheet, to be believed within a factor of two at best.
 """
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict
 
 from sparx_jax.chips import HERE, Chip, find_devices
 from sparx_jax.errors import UserError
+from sparx_jax.ops import mosaic_tpu
 from sparx_jax.parallel import batch_sharding, make_mesh
 from sparx_jax.training import cli
 from sparx_jax.training import state as states
@@ -58,9 +60,9 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
     Returns:
       Bytes of `parameters` (BatchNorm statistics too), `average`, `optimizer`, `batch`,
       `temporaries`, and `peak` of all together; `operations` and `traffic` (bytes) as
-      XLA counts them, loops once; `cycles` if it estimates them; `collectives`: kind to
-      [number, bytes]; `seconds` of compilation; `fits`. If it does not fit and the
-      compiler says so, only `peak` and `fits` of these are known.
+      XLA counts them, loops once; `cycles` if it estimates them, and of our `kernels`;
+      `collectives`: kind to [number, bytes]; `seconds` of compilation; `fits`.
+      If it does not fit and the compiler says so, only `peak` and `fits` are known.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     schedule = learning_rate(config.optimizer, 1, 2)
@@ -100,7 +102,8 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
         "peak": max(whole, memory.peak_memory_in_bytes),
         "operations": cost.get("flops", 0.0),
         "traffic": cost.get("bytes accessed", 0.0),
-        "cycles": sum(cycles),
+        "cycles": sum(cycles) + mosaic_tpu.static_cycles(text),
+        "kernels": text.count('"tpu_custom_call"'),
         "collectives": collectives(text),
         "instructions": sum(" = " in line for line in text.splitlines()),
         "seconds": time.perf_counter() - start,

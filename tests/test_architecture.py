@@ -28,7 +28,7 @@ ALLOWED = {
     "plots_results": {"plots"},
     "sweep": {"training", "plots_sweep", "errors"},
     "chips": {"errors"},
-    "compile": {"chips", "errors", "parallel", "training"},
+    "compile": {"chips", "errors", "ops", "parallel", "training"},
     "summary": {"models", "plots", "errors", "checks"},
     "__init__": {"models", "interop"},
 }

@@ -13,7 +13,7 @@ from sparx_jax import chips
 from sparx_jax.chips import CHIPS, find_devices
 from sparx_jax.compile import collectives, largest_batch, predict, table
 from sparx_jax.errors import UserError
-from tests.training.jobs import CONFIG, FAST, ROOT
+from tests.training.jobs import CONFIG, ROOT
 
 LIBTPU = ROOT / ".cache/libtpu"
 CHIP = chips.Chip("made", memory=1000.0, flops=10.0, bandwidth=5.0, links=2.0)
@@ -79,10 +79,10 @@ def test_unknown_devices_and_missing_compilers_are_told(monkeypatch):
     assert all(chip.memory > 1e9 and chip.links for chip in CHIPS.values())
 
 
-def rehearse(tmp_path, *flags, **env):
+def rehearse(tmp_path, config, *flags, **env):
     out = tmp_path / "figures.json"
-    words = [sys.executable, "-m", "sparx_jax.compile", CONFIG, *flags, f"--out={out}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST, **env}
+    words = [sys.executable, "-m", "sparx_jax.compile", config, *flags, f"--out={out}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -94,7 +94,7 @@ def rehearse(tmp_path, *flags, **env):
 def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
     flags = ["--nosearch", "--config.batch_size=16", "--config.eval_batch_size=8"]
     flags.append("--config.model.num_classes=10")
-    told, found = rehearse(tmp_path, *flags, JAX_NUM_CPU_DEVICES="2")
+    told, found = rehearse(tmp_path, CONFIG, *flags, JAX_NUM_CPU_DEVICES="2")
     assert "| one of 2 cpu | none, train | eval, eval |" in told
     train, evaluation = found["steps"]["none"]["train"], found["steps"]["eval"]["eval"]
     # 12,731 parameters and the statistics of BatchNorm, in float32; two moments.
@@ -120,9 +120,29 @@ def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
 def test_a_pod_that_is_not_there_is_rehearsed(tmp_path):
     flags = ["--nosearch", "--topology=v5e:2x4", "--config.eval_batch_size=8"]
     path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
-    told, found = rehearse(tmp_path, *flags, PYTHONPATH=path)
+    told, found = rehearse(tmp_path, CONFIG, *flags, PYTHONPATH=path)
     assert found["devices"] == 8 and found["device"]["kind"] == "TPU v5 lite"
     train = found["steps"]["none"]["train"]
     assert train["fits"] and train["cycles"] > 0 and "schedule" in told
     assert "all-reduce" in train["collectives"]
+    assert "all-gather" not in train["collectives"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("libtpu") is None and not LIBTPU.is_dir(),
+    reason="`make libtpu` puts TPU's compiler there; CI does",
+)
+def test_on_a_pod_the_scans_are_kernels(tmp_path):
+    flags = ["--nosearch", "--topology=v5e:2x4", "--config.batch_size=64"]
+    flags += ["--config.eval_batch_size=64", "--config.model.dtype=bfloat16"]
+    path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
+    flags += ["--config.model.depths=(1,1,1,1)", "--config.model.dims=(8,8,12,16)"]
+    flags += [
+        f"--config.model.connector.{name}=(0,0,0,0)" for name in ("stride", "start")
+    ]
+    mamba, layers = "--config=configs/digits.py", 4
+    _, found = rehearse(tmp_path, mamba, *flags, PYTHONPATH=path)
+    train, evaluation = found["steps"]["none"]["train"], found["steps"]["eval"]["eval"]
+    assert (train["kernels"], evaluation["kernels"]) == (2 * layers, layers)
     assert "all-gather" not in train["collectives"]

@@ -32,7 +32,7 @@ class SS2D(nnx.Module):
         *,
         inner_ratio: int,
         state_dim: int,
-        scan_method: ops.scan.ScanMethod,
+        scan_method: ops.MapScanMethod,
         conv_size: int = 5,
         conv_init: init.Initializer = init.weights,
         norm: Literal["group", "layer"] = "group",
@@ -65,35 +65,16 @@ class SS2D(nnx.Module):
         return self.out_proj(self.norm(self.scan(jax.nn.silu(self.conv(x)))))
 
     def scan(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-        """The sum of the four directional scans.
-
-        Projections act on single tokens, so they are computed in the map's own order;
-        rows and columns need one transposed copy of the map, not four.
-        """
-        columns = x.swapaxes(1, 2)
-        by_column = self._there_and_back(columns, slice(1, None, 2))
-        return self._there_and_back(x, slice(0, None, 2)) + by_column.swapaxes(1, 2)
-
-    def _there_and_back(self, x, directions):
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        x_proj = self.x_proj[directions].astype(x.dtype)
-        dt_proj = self.dt_proj[directions].astype(x.dtype)
-        r = dt_proj.shape[1]
-        p = jnp.einsum("bld,kde->kble", tokens, x_proj)
-        dt, b, c = jnp.split(p, (r, (r + p.shape[-1]) // 2), -1)
-        dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj)
-        dt = dt + self.dt_bias[directions][:, None, None].astype(x.dtype)
-        y = ops.selective_scan(
-            tokens,
-            dt,
-            -jnp.exp(self.a_log[directions]),
-            b,
-            c,
-            self.skip[directions],
-            reverse=(False, True),
+        """The sum of the four directional scans."""
+        return ops.ss2d(
+            x,
+            self.x_proj[...],
+            self.dt_proj[...],
+            self.dt_bias[...],
+            -jnp.exp(self.a_log[...]),
+            self.skip[...],
             method=self.scan_method,
         )
-        return y.reshape(x.shape)
 
 
 def _step_bias(rng, shape):

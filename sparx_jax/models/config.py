@@ -9,7 +9,7 @@ from sparx_jax.checks import check_types, require
 from sparx_jax.errors import UserError
 from sparx_jax.layers.aggregator import Fusion
 from sparx_jax.models.wiring import LayerWiring, densenet_wiring, stage_wiring
-from sparx_jax.ops.scan import ScanMethod
+from sparx_jax.ops.ss2d import MapScanMethod
 
 NUM_STAGES = 4
 
@@ -87,7 +87,7 @@ class ModelConfig:
     in_channels: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, scan state and logits stay float32."""
-    scan_method: ScanMethod = "auto"
+    scan_method: MapScanMethod = "auto"
     remat: Literal["none", "block", "stage"] = "none"
     """What the backward pass computes a second time rather than keep in memory:
     nothing, the inside of each block, or of each stage."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparx_jax.parallel import shard_batch
+from sparx_jax.ops.batch import shard_batch
 from sparx_jax.typing import Array, Float
 
 

@@ -169,18 +169,22 @@ def _associative_vjp(operands, states, grad, *, reverse):
 # -- in-place loop -----------------------------------------------------------------
 
 
-def _softplus_and_sigmoid(z):
+# atanh(s) / s in powers of s^2 up to 1/9: minimax, relative error 4e-9.
+_ATANH = (1.0000000040, 0.3333315731, 0.2001245577, 0.1398029779, 0.1408916599)
+
+
+def softplus_and_sigmoid(z):
     """softplus(z), sigmoid(z) from one exponential; relative error below 3e-7.
 
-    log1p(e) = 2 atanh(e / (2 + e)), of which seven terms are enough for e <= 1.
-    The plain log(1 + e) would lose the small step sizes (1e-3) that matter most.
+    log1p(e) = 2 atanh(e / (2 + e)).  The plain log(1 + e) would lose the small step
+    sizes (1e-3) that matter most.
     """
     e = jnp.exp(-jnp.abs(z))
     s = e / (2.0 + e)
     s2 = s * s
-    series = 1.0 / 13.0
-    for odd in (11, 9, 7, 5, 3, 1):
-        series = series * s2 + 1.0 / odd
+    *others, series = _ATANH
+    for factor in reversed(others):
+        series = series * s2 + factor
     sigmoid = jnp.where(z >= 0, 1.0, e) / (1.0 + e)
     return jnp.maximum(z, 0.0) + 2.0 * s * series, sigmoid
 
@@ -243,7 +247,7 @@ def _operands(block, length, x, dt, a, b, c):
     k, low = block.direction, block.low
     x = _read(x, 0, low, shape=(batch, size))  # b t d
     dt, b, c = (_read(t, k, 0, low, shape=(1, batch, size))[0] for t in (dt, b, c))
-    delta, sigmoid = _softplus_and_sigmoid(dt)
+    delta, sigmoid = softplus_and_sigmoid(dt)
     decay = jnp.exp(delta[:, :, None] * _read(a, k, shape=(1,)))  # b t n d
     drive = (delta * x)[:, :, None] * b[..., None]
     # Tokens of the block before are no steps of this one.

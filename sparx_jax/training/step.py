@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sparx_jax.layers.norm import BatchNorm
-from sparx_jax.parallel import batch_on, batch_sharding, replicated, state_shardings
+from sparx_jax.ops import batch_on
+from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
 from sparx_jax.training.mixing import erase, mix
 from sparx_jax.training.optimizer import gradient_norm, is_frozen, trainable

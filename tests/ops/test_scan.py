@@ -227,7 +227,7 @@ def test_loop_needs_a_fifth_of_the_memory_of_associative():
 
 def test_step_size_and_slope_are_accurate_at_both_ends():
     z = np.linspace(-12, 20, 100_001, dtype=np.float32)
-    got = jax.jit(scan._softplus_and_sigmoid)(z)
+    got = jax.jit(scan.softplus_and_sigmoid)(z)
     z64 = z.astype(np.float64)
     for actual, expected in zip(
         got, (np.log1p(np.exp(z64)), 1 / (1 + np.exp(-z64))), strict=True

@@ -12,7 +12,6 @@ import pytest
 
 from sparx_jax.errors import UserError
 from sparx_jax.parallel import check_rules, make_mesh, state_shardings
-from tests.training.jobs import FAST
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +58,7 @@ def train(path, devices, fsdp=1):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": FAST},
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
     )
     assert done.returncode == 0, done.stderr
     return np.load(path), *json.loads(done.stdout.splitlines()[-1])

@@ -14,8 +14,6 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "--config=tests/training/tiny_config.py"
-# Compiles in half the time.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Job:
@@ -40,7 +38,6 @@ class Job:
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(devices),
-                "XLA_FLAGS": FAST,
                 **(given if processes > 1 else {}),
                 **dict(env),
             }

@@ -93,6 +93,8 @@ def finished(tmp_path_factory):
     return workdir
 
 
+# Where one read fails, Orbax abandons the others.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
     finished, run, tmp_path, capsys, kind
@@ -120,6 +122,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
     assert [p.name.split("-")[0] for p in Path(workdir, "damaged").iterdir()] == ["12"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
     """Orbax itself restores it: without the fingerprint nothing would be told."""
     workdir = str(shutil.copytree(finished, tmp_path / "run"))

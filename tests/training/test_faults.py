@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from sparx_jax.training.logging import read_metrics
-from tests.training.jobs import CONFIG, FAST, ROOT, Job, arrays, free_port, same_bits
+from tests.training.jobs import CONFIG, ROOT, Job, arrays, free_port, same_bits
 
 SAVE_OFTEN = "--config.checkpoint_every_steps=1"
 
@@ -150,7 +150,7 @@ def test_the_launcher_starts_all_again_when_a_process_dies(straight_two, tmp_pat
     """By launch/local.sh, as on a pod; the bits are those of a run without fault."""
     workdir, log = tmp_path / "run", tmp_path / "logs/process-0.log"
     words = ["2", "--restarts=2", f"--logs={log.parent}", "--", "train.py", CONFIG]
-    environment = {**os.environ, "PYTHON": sys.executable, "XLA_FLAGS": FAST}
+    environment = {**os.environ, "PYTHON": sys.executable}
     launcher = subprocess.Popen(
         [ROOT / "launch/local.sh", *words, f"--workdir={workdir}"],
         cwd=ROOT,

@@ -9,11 +9,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sparx_jax.parallel.mesh import AXES
-
 
 def batch_on(mesh: Mesh, function: Callable) -> Callable:
-    """`function`, to be compiled, whose batches are split over `mesh`."""
+    """`function`, to be compiled, whose batches are split over all of `mesh`.
+
+    It also tells for which devices: the default backend is wrong ahead of time.
+    """
 
     @wraps(getattr(function, "func", function))  # a partial has no name
     def inside(*args):
@@ -36,19 +37,20 @@ def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:
         every device has all of it.
       outputs: the same for the results, and "+" for a sum over the batch.
     """
-    specs = {"b": P(AXES), ".": P(), "+": P()}
 
     def whole(*arrays: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
+        axes = mesh.axis_names
+        specs = {"b": P(axes), ".": P(), "+": P()}
 
         def part(*arrays):
             results = function(*arrays)
             if len(outputs) == 1:
                 results = (results,)
             return tuple(
-                lax.psum(result, AXES) if kind == "+" else result
+                lax.psum(result, axes) if kind == "+" else result
                 for kind, result in zip(outputs, results, strict=True)
             )
 

@@ -1,0 +1,72 @@
+"""Selective scan of a map along its rows, its columns, and both backwards."""
+
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+from sparx_jax.ops import mosaic_tpu
+from sparx_jax.ops.scan import ScanMethod, selective_scan
+from sparx_jax.typing import Array, Float
+
+MapScanMethod = Literal[ScanMethod, "mosaic_tpu"]
+MAP_SCAN_METHODS: tuple[str, ...] = get_args(MapScanMethod)
+
+
+def ss2d(
+    x: Float[Array, "b h w d"],
+    x_proj: Float[Array, "4 d e"],
+    dt_proj: Float[Array, "4 r d"],
+    dt_bias: Float[Array, "4 d"],
+    a: Float[Array, "4 d n"],
+    skip: Float[Array, "4 d"],
+    *,
+    method: MapScanMethod = "auto",
+) -> Float[Array, "b h w d"]:
+    """The sum of four selective scans: rows, columns, rows and columns backwards.
+
+    `x_proj` makes of each pixel the r inputs of `dt_proj`, then B and C, e = r + 2 n;
+    `dt_bias` is added to the step size before softplus; `a` must be negative.
+
+    Methods are those of `selective_scan`, and
+      mosaic_tpu   one TPU kernel for the four scans and the step sizes
+      auto         that, where `batch_on` names TPUs and the maps fit their VMEM
+    Raises ValueError for others, or if mosaic_tpu does not fit.
+
+    Source: SS2D of Liu et al., "VMamba", arXiv:2401.10166.
+    """
+    x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
+    if method == "mosaic_tpu" or (method == "auto" and _on_tpu(x, x_proj, a)):
+        p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
+        vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
+        p = p.reshape(*p.shape[:3], -1)
+        return mosaic_tpu.four_scans(x, p, dt_proj, dt_bias, a, skip, vmem=vmem)
+
+    def there_and_back(x, directions):
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        r = dt_proj.shape[1]
+        p = jnp.einsum("bld,kde->kble", tokens, x_proj[directions])
+        dt, b, c = jnp.split(p, (r, (r + p.shape[-1]) // 2), -1)
+        dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj[directions])
+        dt = dt + dt_bias[directions][:, None, None].astype(x.dtype)
+        y = selective_scan(
+            tokens,
+            dt,
+            a[directions],
+            b,
+            c,
+            skip[directions],
+            reverse=(False, True),
+            method=method,
+        )
+        return y.reshape(x.shape)
+
+    # Projections act on single pixels, so they are computed in the map's own order;
+    # rows and columns need one transposed copy of the map, not four.
+    by_column = there_and_back(x.swapaxes(1, 2), slice(1, None, 2)).swapaxes(1, 2)
+    return there_and_back(x, slice(0, None, 2)) + by_column
+
+
+def _on_tpu(x, x_proj, a):
+    (_, height, width, _), (k, _, e), n = x.shape, x_proj.shape, a.shape[-1]
+    vmem = mosaic_tpu.target_vmem()
+    return vmem and mosaic_tpu.fits(height, width, k * e, n, x.dtype, vmem)

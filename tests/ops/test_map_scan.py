@@ -1,0 +1,86 @@
+"""Laws of the scan of maps; `sequential` is the oracle of the TPU kernel.
+
+The kernel is interpreted here; that it compiles for TPUs is a law of the rehearsal.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparx_jax.ops import batch_on, mosaic_tpu, ss2d
+from sparx_jax.parallel import make_mesh
+
+# As in test_scan.py; bfloat16 here rounds the step sizes of the oracle too.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}
+NAMES = "x x_proj dt_proj dt_bias a skip".split()
+
+
+def operands(batch, height, width, dim, rank, states, dtype):
+    """Random; step sizes of all channels are between 1e-4 and 10."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    return (
+        draw(batch, height, width, dim).astype(dtype),
+        draw(4, dim, rank + 2 * states) * dim**-0.5,
+        draw(4, rank, dim) * 0.3,
+        jnp.log(jnp.expm1(jnp.logspace(-4, 1, 4 * dim))).reshape(4, dim),
+        -jnp.exp(draw(4, dim, states) * 0.3),
+        draw(4, dim),
+    )
+
+
+def value_and_grads(method, args):
+    @jax.jit
+    def run(args):
+        y, vjp = jax.vjp(partial(ss2d, method=method), *args)
+        return y, *vjp(jnp.cos(jnp.arange(y.size).reshape(y.shape)).astype(y.dtype))
+
+    return [np.asarray(t, np.float32) for t in run(args)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((3, 3, 5, 130, 3, 1), "float32"),  # channels of two blocks, one partial
+        ((9, 2, 4, 8, 2, 1), "bfloat16"),  # pictures of two blocks
+        ((2, 3, 2, 8, 2, 16), "float32"),
+    ],
+)
+def test_the_tpu_kernel_equals_the_oracle(shape, dtype):
+    args = operands(*shape, dtype)
+    expected = value_and_grads("sequential", args)
+    found = value_and_grads("mosaic_tpu", args)
+    for name, one, other in zip(["y", *NAMES], expected, found, strict=True):
+        assert one.shape == other.shape and np.isfinite(other).all(), name
+        error = np.abs(one - other).max() / np.abs(one).max()
+        assert error < TOLERANCE[dtype], (name, error)
+
+
+def test_maps_that_do_not_fit_are_refused():
+    args = operands(1, 2, 2, 4, 1, 1, "float32")
+    big = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
+    big[0] = jax.ShapeDtypeStruct((1, 512, 512, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"more than 128 MiB .* 512 x 512 in float32"):
+        jax.eval_shape(partial(ss2d, method="mosaic_tpu"), *big)
+
+
+def test_only_tpus_with_room_get_the_kernel():
+    """Of the stages of T at 224 pixels: two fit a v4, all a v5e."""
+    stages = [(56, 32), (28, 56), (14, 88), (7, 136)]
+
+    def fit(chip, dtype="bfloat16"):
+        vmem = mosaic_tpu.VMEM[chip]
+        return [mosaic_tpu.fits(s, s, e, 1, jnp.dtype(dtype), vmem) for s, e in stages]
+
+    assert fit("TPU v5 lite") == fit("TPU v6 lite") == [True] * 4
+    assert fit("TPU v4") == [False, False, True, True]
+    seen = []
+    batch_on(make_mesh(), lambda: seen.append(mosaic_tpu.target_vmem()))()
+    assert seen == [0] and mosaic_tpu.target_vmem() == 0
