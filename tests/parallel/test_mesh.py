@@ -28,7 +28,6 @@ from tests.training.tiny_config import get_config
 mesh_module.MIN_SPLIT_SIZE = 64  # so that fsdp splits this small network too
 settings = get_config()
 settings.mesh.fsdp = int(sys.argv[2])
-settings.eval_batch_size = 8
 settings.model.drop_path_rate = 0.2
 config, source, _, mesh = prepare(settings)
 schedule = learning_rate(config.optimizer, 0, 12)
