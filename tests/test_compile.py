@@ -16,6 +16,10 @@ from sparx_jax.errors import UserError
 from tests.training.jobs import CONFIG, ROOT
 
 LIBTPU = ROOT / ".cache/libtpu"
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None and not LIBTPU.is_dir(),
+    reason="`make libtpu` puts TPU's compiler there; CI does",
+)
 CHIP = chips.Chip("made", memory=1000.0, flops=10.0, bandwidth=5.0, links=2.0)
 
 
@@ -82,7 +86,8 @@ def test_unknown_devices_and_missing_compilers_are_told(monkeypatch):
 def rehearse(tmp_path, config, *flags, **env):
     out = tmp_path / "figures.json"
     words = [sys.executable, "-m", "sparx_jax.compile", config, *flags, f"--out={out}"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
+    path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **env}
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -113,14 +118,10 @@ def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("libtpu") is None and not LIBTPU.is_dir(),
-    reason="`make libtpu` puts TPU's compiler there; CI does",
-)
+@needs_libtpu
 def test_a_pod_that_is_not_there_is_rehearsed(tmp_path):
     flags = ["--nosearch", "--topology=v5e:2x4", "--config.eval_batch_size=8"]
-    path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
-    told, found = rehearse(tmp_path, CONFIG, *flags, PYTHONPATH=path)
+    told, found = rehearse(tmp_path, CONFIG, *flags)
     assert found["devices"] == 8 and found["device"]["kind"] == "TPU v5 lite"
     train = found["steps"]["none"]["train"]
     assert train["fits"] and train["cycles"] > 0 and "schedule" in told
@@ -129,20 +130,16 @@ def test_a_pod_that_is_not_there_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    find_spec("libtpu") is None and not LIBTPU.is_dir(),
-    reason="`make libtpu` puts TPU's compiler there; CI does",
-)
+@needs_libtpu
 def test_on_a_pod_the_scans_are_kernels(tmp_path):
     flags = ["--nosearch", "--topology=v5e:2x4", "--config.batch_size=64"]
     flags += ["--config.eval_batch_size=64", "--config.model.dtype=bfloat16"]
-    path = f"{LIBTPU}:{os.environ.get('PYTHONPATH', '')}"
     flags += ["--config.model.depths=(1,1,1,1)", "--config.model.dims=(8,8,12,16)"]
     flags += [
         f"--config.model.connector.{name}=(0,0,0,0)" for name in ("stride", "start")
     ]
     mamba, layers = "--config=configs/digits.py", 4
-    _, found = rehearse(tmp_path, mamba, *flags, PYTHONPATH=path)
+    _, found = rehearse(tmp_path, mamba, *flags)
     train, evaluation = found["steps"]["none"]["train"], found["steps"]["eval"]["eval"]
     assert (train["kernels"], evaluation["kernels"]) == (2 * layers, layers)
     assert "all-gather" not in train["collectives"]

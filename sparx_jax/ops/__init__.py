@@ -1,13 +1,12 @@
 """Pure functions of arrays: one contract each, several backends, jax only."""
 
-from sparx_jax.ops.batch import batch_on, shard_batch
+from sparx_jax.ops.batch import batch_on
 from sparx_jax.ops.depthwise import depthwise_conv
 from sparx_jax.ops.norm import batch_norm, group_norm, layer_norm, moments
 from sparx_jax.ops.scan import SCAN_METHODS, selective_scan
-from sparx_jax.ops.ss2d import MAP_SCAN_METHODS, MapScanMethod, ss2d
+from sparx_jax.ops.ss2d import MapScanMethod, ss2d
 
 __all__ = [
-    "MAP_SCAN_METHODS",
     "SCAN_METHODS",
     "MapScanMethod",
     "batch_norm",
@@ -17,6 +16,5 @@ __all__ = [
     "layer_norm",
     "moments",
     "selective_scan",
-    "shard_batch",
     "ss2d",
 ]

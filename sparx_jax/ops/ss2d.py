@@ -1,6 +1,6 @@
 """Selective scan of a map along its rows, its columns, and both backwards."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -9,7 +9,6 @@ from sparx_jax.ops.scan import ScanMethod, selective_scan
 from sparx_jax.typing import Array, Float
 
 MapScanMethod = Literal[ScanMethod, "mosaic_tpu"]
-MAP_SCAN_METHODS: tuple[str, ...] = get_args(MapScanMethod)
 
 
 def ss2d(

@@ -72,7 +72,7 @@ def test_maps_that_do_not_fit_are_refused():
 
 
 def test_only_tpus_with_room_get_the_kernel():
-    """Of the stages of T at 224 pixels: two fit a v4, all a v5e."""
+    """Of the stages of T at 224 pixels, as libtpu's compiler finds too."""
     stages = [(56, 32), (28, 56), (14, 88), (7, 136)]
 
     def fit(chip, dtype="bfloat16"):
@@ -80,7 +80,19 @@ def test_only_tpus_with_room_get_the_kernel():
         return [mosaic_tpu.fits(s, s, e, 1, jnp.dtype(dtype), vmem) for s, e in stages]
 
     assert fit("TPU v5 lite") == fit("TPU v6 lite") == [True] * 4
+    assert fit("TPU v5") == fit("TPU v5p") == [False, True, True, True]
     assert fit("TPU v4") == [False, False, True, True]
     seen = []
     batch_on(make_mesh(), lambda: seen.append(mosaic_tpu.target_vmem()))()
     assert seen == [0] and mosaic_tpu.target_vmem() == 0
+
+
+def test_cycles_are_counted_for_each_register_of_each_kernel():
+    """9 pictures are two registers, 130 channels two more."""
+    each, line = mosaic_tpu.CYCLES["backward"]
+    program = """
+  %four_scans_backward.3 = (bf16[2,5,9,130]{3,2,1,0}, f32[2,5,9,8]) custom-call(%x)
+  %add.1 = f32[2,5,9,130]{3,2,1,0} add(%four_scans_backward.3, %y)
+"""
+    expected = 4 * (4 * 2 * 5 * each + 2 * (2 + 5) * line)
+    assert mosaic_tpu.static_cycles(program) == expected
