@@ -154,11 +154,11 @@ def stages(files):
     return table
 
 
-def differences(files):
+def differences(files, size=224):
     """Mean absolute difference of fast from exact pixels, in grey levels."""
     totals = {}
     for name, spec in (("crop and resize", ""), ("whole", RECIPE.rand_augment)):
-        data = replace(RECIPE, rand_augment=spec)
+        data = replace(RECIPE, rand_augment=spec, image_size=size)
         decode, fast = fast_train_transform(data)
         exact, out = train_transform(data), []
         for seed, file in enumerate(files):
@@ -173,7 +173,7 @@ def differences(files):
     for file in files:
         image = decode_image(file)
         one, two = (
-            np.asarray(image.resize((224, 224), how), int)
+            np.asarray(image.resize((size, size), how), int)
             for how in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
         )
         out.append(np.abs(one - two).mean())

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jaxlib import _jax
 from ml_collections import ConfigDict
 
 from sparx_jax.chips import HERE, Chip, find_devices
@@ -47,7 +48,15 @@ GIB = 2.0**30
 # What the runtime keeps of a chip's memory: XLA for v5e lets a program use 15.75 GiB.
 USABLE = 15.75 / 16
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # others: 4 bytes
+_SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2}  # others: 4 bytes
+_SIZES["s8"] = 0  # NVIDIA's libraries' workspace
+# For a GPU that is not there: XLA 0.10.2 fails on products that it would tune on the
+# card, and hides instructions in command buffers.
+_ABSENT_GPU = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_command_buffer": "",
+}
+_MOVES_NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 _COLLECTIVES = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
     "ragged-all-to-all"
@@ -60,7 +69,8 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
     Returns:
       Bytes of `parameters` (BatchNorm statistics too), `average`, `optimizer`, `batch`,
       `temporaries`, and `peak` of all together; `operations` and `traffic` (bytes) as
-      XLA counts them, loops once; `cycles` if it estimates them, and of our `kernels`;
+      XLA counts them, loops once (of a GPU that is not there: before it optimises, and
+      by `traffic`); `cycles` if it estimates them, and of our `kernels`;
       `collectives`: kind to [number, bytes]; `seconds` of compilation; `fits`.
       If it does not fit and the compiler says so, only `peak` and `fits` are known.
     """
@@ -84,16 +94,23 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
     else:
         step = compile_eval_step(network, config, state.weights, mesh)
         lowered = step.lower(state.weights, batch)
+    # A GPU of a topology; TPUs' compiler needs no such help.
+    absent = devices[0].platform == "gpu" != jax.default_backend()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(_ABSENT_GPU if absent else None)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not used:
             raise
         peak = float(used[1]) * _UNITS[used[2]]
         return held | {"peak": peak, "fits": False}
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    text = compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if absent:
+        cpu, module = jax.devices()[0].client, lowered.compiler_ir("hlo")
+        cost = _jax.hlo_module_cost_analysis(cpu, module.get_hlo_module())
+        cost = {"flops": cost["flops"] / len(devices), "bytes accessed": traffic(text)}
+    else:
+        cost = compiled.cost_analysis() or {}
     cycles = [int(c) for c in re.findall(r'"estimated_cycles":"(\d+)"', text)]
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes
     whole = arguments - memory.alias_size_in_bytes + memory.temp_size_in_bytes
@@ -116,12 +133,30 @@ def collectives(text: str) -> dict[str, list[int]]:
     found = defaultdict(lambda: [0, 0])
     pattern = rf"= (.*?) ({_COLLECTIVES})(?:-start)?\("
     for shapes, kind in re.findall(pattern, text):
-        arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
         found[kind][0] += 1
-        for dtype, shape in arrays:
-            sizes = (int(size) for size in shape.split(",") if size)
-            found[kind][1] += _SIZES.get(dtype, 4) * prod(sizes)
+        found[kind][1] += _size(shapes)
     return dict(found)
+
+
+def traffic(text: str) -> int:
+    """Bytes that the instructions of a program's main part read and write."""
+    main = text[text.index("\nENTRY ") :]
+    sizes, total = {}, 0
+    pattern = r"^ +(?:ROOT )?(%\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)"
+    for name, shapes, operation, operands in re.findall(pattern, main, re.MULTILINE):
+        sizes[name] = _size(shapes)
+        if operation not in _MOVES_NOTHING:
+            read = re.findall(r"%[^\s,)]+", operands)
+            total += sizes[name] + sum(sizes.get(operand, 0) for operand in read)
+    return total
+
+
+def _size(shapes):
+    """Bytes of the arrays in a text such as "(f32[2,3]{1,0}, s32[])"."""
+    return sum(
+        _SIZES.get(dtype, 4) * prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+    )
 
 
 def predict(step: dict, chip: Chip, count: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import pytest
 
 from sparx_jax import chips
 from sparx_jax.chips import CHIPS, find_devices
-from sparx_jax.compile import collectives, largest_batch, predict, table
+from sparx_jax.compile import collectives, largest_batch, predict, table, traffic
 from sparx_jax.errors import UserError
 from tests.training.jobs import CONFIG, ROOT
 
@@ -32,6 +32,23 @@ def test_collectives_are_counted_with_their_bytes():
   %e = f32[] add(%f, %all-reduce)
 """
     assert collectives(text) == {"all-reduce": [2, 80 + 24], "all-gather": [1, 32]}
+
+
+def test_traffic_is_what_the_main_part_reads_and_writes():
+    text = """
+%fused (p: f32[99]) -> f32[99] {
+  ROOT %inside = f32[99]{0} add(%p, %p)
+}
+
+ENTRY %main (x: bf16[8,4]) -> (f32[2]) {
+  %x = bf16[8,4]{1,0} parameter(0), sharding={replicated}
+  %mm.1 = (bf16[8,2]{1,0}, s8[4096]{0}) custom-call(%x, %x), custom_call_target="gemm"
+  %gte = bf16[8,2]{1,0} get-tuple-element(%mm.1), index=0
+  %fusion = f32[2]{0} fusion(%gte), kind=kInput, calls=%fused
+  ROOT %out = (f32[2]{0}) tuple(%fusion)
+}
+"""
+    assert traffic(text) == (64 + 64 + 32) + (32 + 8)
 
 
 def test_a_prediction_is_a_roofline():

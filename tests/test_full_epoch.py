@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from PIL import Image
@@ -15,10 +16,11 @@ from tests.data.shrunken_imagenet import (
     write_folders,
 )
 from tests.test_cli import start
+from tests.training.jobs import Job
 
 VAL = 250
+RECIPE = "--config=configs/imagenet.py:sparx_mamba_t"
 TINY = [
-    "--config=configs/imagenet.py:sparx_mamba_t",
     "--config.model.depths=(1,1,1,1)",
     "--config.model.dims=(8,8,12,16)",
     "--config.model.connector.stride=(0,0,1,0)",
@@ -31,6 +33,7 @@ TINY = [
     "--config.cooldown_epochs=0",
     "--config.optimizer.warmup_epochs=0.2",
     "--config.log_every_steps=5",
+    "--config.checkpoint_every_steps=2",
 ]
 
 
@@ -50,19 +53,28 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_epoch_from_archives_and_the_tables_from_folders(data, tmp_path):
+def test_an_epoch_from_archives_over_a_kill_and_the_tables_from_folders(data, tmp_path):
     folders, archives = data
     prepare_archives(archives, tmp_path / "tfds")
-    workdir = f"--workdir={tmp_path}/run"
+    run = tmp_path / "run"
     from_tfds = [
         "--config.data.name=tfds",
         f"--config.data.root={tmp_path}/tfds",
         "--config.data.eval_split=validation",
     ]
-    trained = start("train", *TINY, workdir, *from_tfds)
-    assert trained.returncode == 0, trained.stderr
-    assert "1,000 pictures of 1000 classes" in trained.stdout
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+
+    def trainers():
+        return Job(run, *TINY, *from_tfds, config=RECIPE, processes=2)
+
+    killed = trainers()
+    killed.wait_for("step 5/10")
+    killed.kill()
+    assert "1,000 pictures of 1000 classes" in killed.log()
+    resumed = trainers()
+    assert resumed.wait() == [0, 0], resumed.log()
+    # The save after step 4 had ended, or that after step 2.
+    assert re.search("10 steps; going on after step [24]", resumed.log())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     *windows, last = map(json.loads, lines)
     assert [window["step"] for window in windows] == [5, 10]
     assert (last["step"], last["epoch"]) == (10, 1.0)
@@ -71,7 +83,8 @@ def test_an_epoch_from_archives_and_the_tables_from_folders(data, tmp_path):
     assert losses == pytest.approx([math.log(1000)] * 3, abs=0.3)
 
     evaluated = start(
-        *("eval", *TINY, workdir, f"--config.data.root={folders}"),
+        *("eval", RECIPE, *TINY, f"--workdir={run}"),
+        f"--config.data.root={folders}",
         *("--datasets=val,real,v2,a,r", "--resolutions=32,64"),
     )
     assert evaluated.returncode == 0, evaluated.stderr
@@ -91,13 +104,13 @@ def test_an_epoch_from_archives_and_the_tables_from_folders(data, tmp_path):
     by_name = {r["dataset"]: r for r in results if r["resolution"] == 32}
     assert by_name["a"]["loss"] == pytest.approx(math.log(50), abs=0.3)
     assert by_name["v2"]["loss"] == pytest.approx(math.log(1000), abs=0.3)
-    written = json.loads((tmp_path / "run/results.json").read_text())
+    written = json.loads((run / "results.json").read_text())
     assert written == summary
-    table = (tmp_path / "run/results.md").read_text()
+    table = (run / "results.md").read_text()
     assert table.count("\n| ") == 7 and table[:-1] in evaluated.stdout.replace(
         ":\n|", ":\n\n|"
     )
-    with Image.open(tmp_path / "run/results.png") as picture:
+    with Image.open(run / "results.png") as picture:
         assert "ema weights" in picture.text["Title"]
 
 

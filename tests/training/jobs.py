@@ -20,11 +20,19 @@ class Job:
     """`processes` of train.py or another program, each with its log."""
 
     def __init__(
-        self, workdir, *flags, program="train", processes=1, devices=1, env=(), **popen
+        self,
+        workdir,
+        *flags,
+        program="train",
+        config=CONFIG,
+        processes=1,
+        devices=1,
+        env=(),
+        **popen,
     ):
         self.started = time.monotonic()
         self.logs = [Path(f"{workdir}.{program}.{i}.log") for i in range(processes)]
-        words = [sys.executable, f"{ROOT}/{program}.py", CONFIG, *flags]
+        words = [sys.executable, f"{ROOT}/{program}.py", config, *flags]
         words.append(f"--workdir={workdir}")
         self.processes = []
         port = free_port()
