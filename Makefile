@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/nu
 ENV := .venv
 RUN := $(ENV)/bin/python
 # Test files side by side: much of XLA's compiling uses one core.
-WORKERS := -n 2 --dist loadfile
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Huge pages make large arrays on CPU 1.3 to 2 times faster; other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 

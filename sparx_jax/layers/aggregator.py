@@ -12,6 +12,7 @@ from flax import nnx
 
 from sparx_jax.layers.conv import DepthwiseConv, GroupedPointwise, pointwise
 from sparx_jax.layers.norm import BatchNorm, GroupNorm
+from sparx_jax.ops import gelu
 from sparx_jax.typing import Array, Float
 
 Fusion = Literal["dmca", "dmca_spatial", "dmca_no_attention", "concat", "sum"]
@@ -29,7 +30,7 @@ class Reduction(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         if self.conv is not None:
-            x = jax.nn.gelu(self.conv_norm(self.conv(x)), approximate=False)
+            x = gelu(self.conv_norm(self.conv(x)))
         return self.proj_norm(self.proj(x))
 
 
@@ -140,9 +141,9 @@ class Aggregator(nnx.Module):
         self, x: Float[Array, "b h w c"], context: Float[Array, "b h w mc"]
     ) -> Float[Array, "b h w d"]:
         context = self.context_conv_norm(self.context_conv(self.context_norm(context)))
-        context = self.context_proj(jax.nn.gelu(context, approximate=False))
-        fused = _shuffle(*self._maps(x, jax.nn.gelu(context, approximate=False)))
-        fused = self.fuse_proj(jax.nn.gelu(self.fuse_conv(fused), approximate=False))
+        context = self.context_proj(gelu(context))
+        fused = _shuffle(*self._maps(x, gelu(context)))
+        fused = self.fuse_proj(gelu(self.fuse_conv(fused)))
         return _widen(fused, self.missing)
 
     def _maps(self, x, context):

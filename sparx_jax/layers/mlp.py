@@ -1,10 +1,10 @@
 """The feed-forward half of a block."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparx_jax.layers.conv import DepthwiseConv, pointwise
+from sparx_jax.ops import gelu
 from sparx_jax.typing import Array, Float
 
 
@@ -23,4 +23,4 @@ class Mlp(nnx.Module):
         x = self.expand(x)
         if self.conv is not None:
             x = x + self.conv(x)
-        return self.reduce(jax.nn.gelu(x, approximate=False))
+        return self.reduce(gelu(x))

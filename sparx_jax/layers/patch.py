@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sparx_jax.layers import init
 from sparx_jax.layers.conv import conv3x3, pointwise
 from sparx_jax.layers.norm import BatchNorm, LayerNorm
+from sparx_jax.ops import gelu
 from sparx_jax.typing import Array, Float
 
 PATCH = 4
@@ -43,7 +43,7 @@ class Stem(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h4 w4 c2"]:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             if i:
-                x = jax.nn.gelu(x, approximate=False)
+                x = gelu(x)
             x = norm(conv(x))
         return x
 

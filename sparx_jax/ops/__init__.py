@@ -2,6 +2,7 @@
 
 from sparx_jax.ops.batch import batch_on
 from sparx_jax.ops.depthwise import depthwise_conv
+from sparx_jax.ops.gelu import gelu
 from sparx_jax.ops.norm import batch_norm, group_norm, layer_norm, moments
 from sparx_jax.ops.scan import SCAN_METHODS, selective_scan
 from sparx_jax.ops.ss2d import MapScanMethod, ss2d
@@ -12,6 +13,7 @@ __all__ = [
     "batch_norm",
     "batch_on",
     "depthwise_conv",
+    "gelu",
     "group_norm",
     "layer_norm",
     "moments",
