@@ -62,7 +62,7 @@ class Job:
     def log(self, index=0):
         return self.logs[index].read_text()
 
-    def wait_for(self, *texts, timeout=240):
+    def wait_for(self, *texts, timeout=600):
         """Until process 0 has printed one of `texts`."""
         end = time.monotonic() + timeout
         while not any(text in self.log() for text in texts):
@@ -70,7 +70,7 @@ class Job:
             assert not ended and time.monotonic() < end, self.log()
             time.sleep(0.005)
 
-    def wait(self, timeout=240):
+    def wait(self, timeout=600):
         """The exit codes, those of signals negative."""
         try:
             return [process.wait(timeout) for process in self.processes]
