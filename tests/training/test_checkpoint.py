@@ -17,18 +17,21 @@ from tests.training.conftest import digest, tiny_settings
 
 
 def test_a_fingerprint_sees_every_flipped_bit_and_every_swap():
+    def of(**arrays):
+        return fingerprints({k: jnp.asarray(array) for k, array in arrays.items()})
+
     rng = np.random.default_rng(0)
     array = rng.normal(size=(5, 7)).astype(np.float32)
-    expected = fingerprints({"a": jnp.asarray(array)})
+    expected = of(a=array)
     for bit in range(32):
         for index in ((0, 0), (2, 3), (4, 6)):
             other = array.copy()
             other.view(np.uint32)[index] ^= np.uint32(1 << bit)
-            assert differing(expected, fingerprints({"a": other})) == ["a"]
+            assert differing(expected, of(a=other)) == ["a"]
     swapped = array[::-1].copy()
-    assert differing(expected, fingerprints({"a": swapped})) == ["a"]
-    assert differing(expected, fingerprints({"a": array})) == []
-    assert differing(expected, fingerprints({"b": array})) == ["a", "b"]
+    assert differing(expected, of(a=swapped)) == ["a"]
+    assert differing(expected, of(a=array)) == []
+    assert differing(expected, of(b=array)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
