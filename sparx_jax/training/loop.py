@@ -140,6 +140,8 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         return eval_step(weights, batch)
 
     def save(metrics):
+        jax.block_until_ready(state.step)  # what was dispatched is no part of saving
+        goodput.lap("steps")
         checkpoints.save(state, settings, metrics)
         goodput.lap("checkpoints")
 
