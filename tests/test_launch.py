@@ -76,8 +76,14 @@ class Bench:
         )  # fmt: skip
 
     def start(self, script, *arguments, **env):
-        options = dict(env=self.env | env, cwd=self.folder, stdout=subprocess.DEVNULL)
-        return subprocess.Popen([LAUNCH / script, *map(str, arguments)], **options)
+        return subprocess.Popen(
+            [LAUNCH / script, *map(str, arguments)],
+            env=self.env | env,
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+            # A suite in the background ignores it, and bash cannot trap what it ignores.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def python(self, text):
         """A Python file in place of train.py."""
