@@ -81,7 +81,7 @@ class Bench:
             env=self.env | env,
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
-            # A suite in the background ignores it, and bash cannot trap what it ignores.
+            # In the background it may be ignored, and bash cannot trap what is ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
