@@ -42,6 +42,8 @@ def main():
                 Image.Resampling.BICUBIC,
             )
             large.save(made[-1], quality=92)
+    if not made:
+        parser.error(f"{options.small} holds no pictures: give the folder of train/")
     sample = [path.read_bytes() for path in made[:: max(1, len(made) // 1000)]]
     print(json.dumps({"grey levels apart": differences(sample, width)}))
     print(SWEEP.format(root=options.large))

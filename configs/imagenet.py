@@ -30,7 +30,7 @@ Hardware: the authors had 8 GPUs with 256 or 128 pictures each; any mesh whose d
 divide the batch sees the same batches. Time: computed from the 571, 314 and 247
 pictures a second that VMamba's README gives for training its PyTorch code on an A100,
 for 8 of them; this program was not timed on such machines. On 16 TPU v4 (v4-32)
-`python -m sparx_jax.compile` predicts 0.69 s a step of sparx_mamba_t, 37 h in all. The
+`python -m sparx_jax.compile` predicted 0.69 s a step of sparx_mamba_t, 37 h in all. The
 host has to keep up: timm's transforms took 4.15 ms of a core for a picture (measured,
 AMD EPYC), ours as long, so 300 epochs take 443 core hours, and the 16 workers set below
 28 h.

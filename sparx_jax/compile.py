@@ -48,9 +48,8 @@ GIB = 2.0**30
 # What the runtime keeps of a chip's memory: XLA for v5e lets a program use 15.75 GiB.
 USABLE = 15.75 / 16
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
-_SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2}  # others: 4 bytes
-_SIZES["s8"] = 0  # NVIDIA's libraries' workspace
-# For a GPU that is not there: XLA 0.10.2 fails on products that it would tune on the
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}  # others: 4 bytes
+# For a GPU that is not there: jaxlib 0.10.2 fails on products that it would tune on the
 # card, and hides instructions in command buffers.
 _ABSENT_GPU = {
     "xla_gpu_enable_triton_gemm": False,
@@ -144,7 +143,7 @@ def traffic(text: str) -> int:
     sizes, total = {}, 0
     pattern = r"^ +(?:ROOT )?(%\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)"
     for name, shapes, operation, operands in re.findall(pattern, main, re.MULTILINE):
-        sizes[name] = _size(shapes)
+        sizes[name] = _size(re.sub(r"s8\[\d+\]", "", shapes))  # cuBLAS's workspace
         if operation not in _MOVES_NOTHING:
             read = re.findall(r"%[^\s,)]+", operands)
             total += sizes[name] + sum(sizes.get(operand, 0) for operand in read)

@@ -1,8 +1,8 @@
 """Depthwise convolution that is fast on CPU as well as on accelerators.
 
 XLA runs a grouped convolution with one channel a group at about 1 GFLOP/s on CPU.
-There the sum of shifted products below is 9 to 30 times faster, forward and backward
-(`python -m benchmarks.ops`); accelerators keep XLA's convolution.
+There the sum of shifted products below was 9 to 30 times faster, forward and backward;
+accelerators keep XLA's convolution.
 """
 
 from functools import partial
