@@ -76,14 +76,18 @@ class Bench:
         )  # fmt: skip
 
     def start(self, script, *arguments, **env):
-        return subprocess.Popen(
-            [LAUNCH / script, *map(str, arguments)],
-            env=self.env | env,
-            cwd=self.folder,
-            stdout=subprocess.DEVNULL,
-            # In the background it may be ignored, and bash cannot trap what is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        # In the background it may be ignored, which children inherit and bash cannot
+        # trap.  What is handled here is not ignored there.
+        ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                [LAUNCH / script, *map(str, arguments)],
+                env=self.env | env,
+                cwd=self.folder,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            signal.signal(signal.SIGINT, ours)
 
     def python(self, text):
         """A Python file in place of train.py."""
