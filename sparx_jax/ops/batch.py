@@ -24,6 +24,13 @@ def batch_on(mesh: Mesh, function: Callable) -> Callable:
     return inside
 
 
+def target_kind() -> str:
+    """JAX's name of the devices that `batch_on` names, or else of the default ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return (device or jax.devices()[0]).device_kind
+
+
 def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:
     """`function`, called on each device's part of the batch.
 

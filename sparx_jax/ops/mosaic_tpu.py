@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sparx_jax.ops.batch import shard_batch
+from sparx_jax.ops.batch import shard_batch, target_kind
 from sparx_jax.ops.scan import softplus_and_sigmoid
 from sparx_jax.typing import Array, Float
 
@@ -60,10 +60,8 @@ def static_cycles(program: str) -> float:
 
 
 def target_vmem() -> int:
-    """MiB of VMEM of the devices that `batch_on` names; 0 if they are no TPUs."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return VMEM.get(device.device_kind, 0) if device else 0
+    """MiB of VMEM of the devices of `target_kind`; 0 if they are no TPUs."""
+    return VMEM.get(target_kind(), 0)
 
 
 def fits(height: int, width: int, e: int, n: int, dtype: jnp.dtype, vmem: int) -> bool:

@@ -4,11 +4,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from sparx_jax.ops import mosaic_tpu
+from sparx_jax.ops import mosaic_tpu, triton_gpu
+from sparx_jax.ops.batch import target_kind
 from sparx_jax.ops.scan import ScanMethod, selective_scan
 from sparx_jax.typing import Array, Float
 
-MapScanMethod = Literal[ScanMethod, "mosaic_tpu"]
+MapScanMethod = Literal[ScanMethod, "mosaic_tpu", "triton_gpu"]
 
 
 def ss2d(
@@ -28,16 +29,22 @@ def ss2d(
 
     Methods are those of `selective_scan`, and
       mosaic_tpu   one TPU kernel for the four scans and the step sizes
-      auto         that, where `batch_on` names TPUs and the maps fit their VMEM
+      triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later
+      auto         the kernel of the devices that `batch_on` names, or else of the
+                   default ones; none where the maps do not fit a TPU's VMEM
     Raises ValueError for others, or if mosaic_tpu does not fit.
 
     Source: SS2D of Liu et al., "VMamba", arXiv:2401.10166.
     """
     x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
-    if method == "mosaic_tpu" or (method == "auto" and _on_tpu(x, x_proj, a)):
+    if method == "auto":
+        method = _kernel(x, x_proj, a) or method
+    if method in ("mosaic_tpu", "triton_gpu"):
         p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
-        vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
         p = p.reshape(*p.shape[:3], -1)
+        if method == "triton_gpu":
+            return triton_gpu.four_scans(x, p, dt_proj, dt_bias, a, skip)
+        vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
         return mosaic_tpu.four_scans(x, p, dt_proj, dt_bias, a, skip, vmem=vmem)
 
     def there_and_back(x, directions):
@@ -65,7 +72,12 @@ def ss2d(
     return there_and_back(x, slice(0, None, 2)) + by_column
 
 
-def _on_tpu(x, x_proj, a):
+def _kernel(x, x_proj, a) -> MapScanMethod | None:
+    """The method of one kernel where the devices have one."""
+    if target_kind().startswith("NVIDIA"):
+        return "triton_gpu"
     (_, height, width, _), (k, _, e), n = x.shape, x_proj.shape, a.shape[-1]
     vmem = mosaic_tpu.target_vmem()
-    return vmem and mosaic_tpu.fits(height, width, k * e, n, x.dtype, vmem)
+    if vmem and mosaic_tpu.fits(height, width, k * e, n, x.dtype, vmem):
+        return "mosaic_tpu"
+    return None

@@ -45,6 +45,7 @@ def value_and_grads(method, args):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["mosaic_tpu", "triton_gpu"])
 @pytest.mark.parametrize(
     "shape, dtype",
     [
@@ -53,10 +54,10 @@ def value_and_grads(method, args):
         ((2, 3, 2, 8, 2, 16), "float32"),
     ],
 )
-def test_the_tpu_kernel_equals_the_oracle(shape, dtype):
+def test_the_kernels_equal_the_oracle(shape, dtype, method):
     args = operands(*shape, dtype)
     expected = value_and_grads("sequential", args)
-    found = value_and_grads("mosaic_tpu", args)
+    found = value_and_grads(method, args)
     for name, one, other in zip(["y", *NAMES], expected, found, strict=True):
         assert one.shape == other.shape and np.isfinite(other).all(), name
         error = np.abs(one - other).max() / np.abs(one).max()
