@@ -1,10 +1,10 @@
 """Our operations against XLA's own, at the four stages of SparX-Mamba-T.
 
-    python -m benchmarks.ops --out=ops.json          # 8 pictures, float32, on CPU
-    python -m benchmarks.ops --batch=128 --dtype=bfloat16 --out=ops.json   # on a GPU
+    python -m benchmarks.ops --out=ops.json               # 8 pictures, float32, on CPU
+    python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=ss2d      # on a GPU
 
-Ratios are times of the peer by ours, of the same run.  Peers: `associative_scan`; a port
-of the authors' SS2D that keeps four copies of the map; XLA's grouped convolution.
+Ratios are times of the peer by ours, of the same run.  Peers: `associative_scan`; a
+port of the authors' SS2D that keeps four copies of the map; XLA's grouped convolution.
 """
 
 import argparse

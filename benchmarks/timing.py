@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,11 @@ class Time(NamedTuple):
 
 
 def pin() -> None:
-    """To one core, if a CPU is measured: to be called before JAX starts threads."""
-    if hasattr(os, "sched_setaffinity"):
+    """To one core where there is no accelerator; before JAX starts its threads."""
+    accelerator = any(Path("/dev").glob("nvidia[0-9]")) or any(
+        Path("/dev").glob("accel*")
+    )
+    if hasattr(os, "sched_setaffinity") and not accelerator:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 

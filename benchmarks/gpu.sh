@@ -1,0 +1,17 @@
+#!/bin/sh
+# Everything that a GPU is needed for, in one call of some nine minutes on an H100:
+#   sh benchmarks/gpu.sh OUT [PEER]
+# Writes tables and JSON to the folder OUT.  PEER is the folder that peer_cuda.py takes:
+# the authors' files, with PyTorch installed; it is measured first, on the same card.
+set -eu
+out=$1
+peer=${2:-}
+python=${PYTHON:-python3}
+if [ -n "$peer" ]; then
+	$python benchmarks/peer_cuda.py "$peer" --batch 128 --quick --out "$out/peer.json" ||
+		echo "the peer failed"
+fi
+$python -m benchmarks.model --batch=128 --dtype=bfloat16 --kernels \
+	--peer="$out/peer.json" --out="$out/model.json"
+$python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=ss2d --rounds=3 \
+	--out="$out/ops.json"

@@ -1,0 +1,168 @@
+"""Images a second of whole networks: python -m benchmarks.model
+
+    python -m benchmarks.model --image=224 --batch=2                  # on CPU, one core
+    python -m benchmarks.model --batch=128 --dtype=bfloat16           # on a GPU
+    python -m benchmarks.model --methods=auto,associative             # ratios of scans
+
+One device, the real training step: mixup and cutmix, gradient, AdamW, moving average.
+Data are random and stay on the device.  `--peer` takes the JSON of peer_cuda.py, of the
+same machine, and prints the ratios to it.
+"""
+
+import argparse
+import glob
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing
+from sparx_jax import models
+from sparx_jax.parallel import make_mesh
+from sparx_jax.training import state as states
+from sparx_jax.training.config import default_config, from_config_dict
+from sparx_jax.training.optimizer import learning_rate, make_optimizer
+from sparx_jax.training.step import compile_eval_step, compile_train_step
+
+
+class Network:
+    """A network on one device with a batch, and its two steps."""
+
+    def __init__(self, name, method, args):
+        settings = default_config()
+        settings.model.update(
+            name=name, dtype=args.dtype, scan_method=method, remat=args.remat
+        )
+        settings.model.drop_path_rate = 0.2
+        settings.data.image_size, settings.batch_size = args.image, args.batch
+        settings.mixing.mixup, settings.mixing.cutmix = 0.8, 1.0
+        config = from_config_dict(settings)
+        schedule = learning_rate(config.optimizer, 10, 100)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        mesh = make_mesh(1, 1, jax.devices()[:1])
+        network, weights = states.split(models.build(config.model, 0))
+        state = states.TrainState(
+            jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights.params)
+        )
+        # The step reuses the memory of the state, each part of which must be its own.
+        self.state = jax.tree.map(lambda t: jnp.array(t, copy=True), state)
+        self.weights = weights
+        rng, n = np.random.default_rng(0), args.batch
+        self.batch = jax.device_put({
+            "image": rng.integers(0, 256, (n, args.image, args.image, 3), np.uint8),
+            "label": rng.integers(0, 1000, n, np.int32),
+            "weight": np.ones(n, np.float32),
+            "index": np.arange(n, dtype=np.int32),
+        })  # fmt: skip
+        self._eval = compile_eval_step(network, config, weights, mesh)
+        self._train = compile_train_step(
+            network, config, optimizer, schedule, state, mesh
+        )
+
+    def evaluate(self):
+        return self._eval(self.weights, self.batch)
+
+    def train(self):
+        self.state, metrics = self._train(self.state, self.batch)
+        return metrics
+
+
+def measure(name, methods, args):
+    """The rows of one network: evaluation and training by each scan method."""
+    networks = {method: Network(name, method, args) for method in methods}
+    for kind in "evaluate", "train":
+        calls, compiling = {}, {}
+        for method, network in networks.items():
+            calls[method] = getattr(network, kind)
+            start = time.perf_counter()
+            jax.block_until_ready(calls[method]())
+            compiling[method] = time.perf_counter() - start
+        times = timing.clock(calls, rounds=args.rounds, seconds=args.seconds)
+        for method, found in times.items():
+            row = {"model": name, "kind": kind, "method": method, "ms": found}
+            row["images_per_s"] = args.batch / found.median * 1e3
+            row["ratio"] = found.median / times[methods[0]].median
+            row["compile_s"] = compiling[method]
+            if memory := jax.devices()[0].memory_stats():
+                row["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+            if args.kernels:
+                row["kernels"] = kernels(calls[method])
+            yield row
+
+
+def kernels(call, number=3):
+    """Milliseconds of each kernel of an accelerator in one call, longest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([call() for _ in range(number)])
+        (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = list(jax.profiler.ProfileData.from_file(file).planes)
+    total = Counter()
+    for plane in planes:
+        for line in plane.lines if "GPU" in plane.name else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                total[event.name] += event.duration_ns / number / 1e6
+    return dict(total.most_common())
+
+
+def show(row, peer):
+    found = row["ms"]
+    print(
+        f"{row['model']:16}{row['kind']:10}{row['method']:12}"
+        f"{row['images_per_s']:9.1f} images/s {found.median:9.2f} ms "
+        f"({found.least:.2f}-{found.most:.2f}) {row['ratio']:6.2f} x time, compiled in "
+        f"{row['compile_s']:.0f} s"
+        + (f", {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
+        + (f", {row['images_per_s'] / peer:.2f} x the peer" if peer else ""),
+        flush=True,
+    )
+    for name, ms in list(row.get("kernels", {}).items())[:20]:
+        print(f"{ms:12.3f} ms  {name[:80]}")
+
+
+def peer_speed(file, kind):
+    """The peer's best of all formats that it was measured in."""
+    if file is None or not file.exists():
+        return None
+    word = {"evaluate": "inference", "train": "training"}[kind]
+    rows = json.loads(file.read_text())
+    return max(
+        row["images_per_s"]
+        for name, row in rows.items()
+        if name.startswith(word) and "images_per_s" in row
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="sparx_mamba_t")
+    parser.add_argument("--methods", default="auto", help="scan methods, first is 1 x")
+    parser.add_argument("--image", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5, help="at least, a round")
+    parser.add_argument("--kernels", action="store_true", help="of a GPU, by time")
+    parser.add_argument("--peer", type=Path, help="JSON of peer_cuda.py")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    timing.pin()
+    settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    found = timing.conditions() | settings | {"rows": []}
+    print(", ".join(f"{k} {v}" for k, v in found.items() if k != "rows"))
+    for name in args.models.split(","):
+        for row in measure(name, args.methods.split(","), args):
+            show(row, peer_speed(args.peer, row["kind"]))
+            found["rows"].append(row)
+            if args.out:
+                args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
