@@ -91,7 +91,7 @@ class _Walk:
         self.channels = pl.ds(self.part * block, block)
         inside = self.part * block + jnp.arange(block) < dim
         self._mask = None if dim % block == 0 else inside
-        self._p = p
+        self._x, self._p = x, p
         k = self.direction
         self._w = [self.read(w, k, i) for i in range(self.r)]
         self._bias = self.read(bias, k)
@@ -116,14 +116,18 @@ class _Walk:
         """Of a chunk in the order in which they are walked, as indices of the map."""
         by_column, backwards = lax.rem(self.direction, 2), lax.div(self.direction, 2)
         stride = (1 + by_column * (self._width - 1)) * (1 - 2 * backwards)
-        first = plt.load(self._plan.at[self.direction, jnp.int32(chunk)])
+        first = plt.load(self._plan.at[self.direction, chunk])
         return [first + stride * step for step in range(self.steps)]
 
-    def numbers(self, pixel):
-        """Of the direction, for a pixel: the inputs of the step size, B and C."""
+    def load(self, pixel):
+        """What a step reads: the channels and the direction's numbers of a pixel."""
         e = self.r + 2 * self.n
         at = self.picture, pixel
-        return [plt.load(self._p.at[*at, self.direction * e + i]) for i in range(e)]
+        numbers = [
+            plt.load(self._p.at[*at, self.direction * e + i]).astype(jnp.float32)
+            for i in range(e)
+        ]
+        return self.read(self._x, *at), numbers
 
     def operands(self, u, numbers):
         """What a step computes of it: step size, its slope, decay, drive, B and C."""
@@ -191,19 +195,15 @@ def _forward_kernel(plan, x, p, w, bias, a, y, *states, **options):
     walk = _Walk(plan, x, p, w, bias, a, **options)
     k, picture = walk.direction, walk.picture
 
-    def walk_chunk(chunk, carry):
-        h, maps = carry
+    def walk_chunk(chunk, h):
         for ref in states:
             for n, h_n in enumerate(h):
                 walk.write(ref, h_n, k, picture, chunk, n)
-        # All reads first, all writes last: neither is moved past the other.  What comes
-        # from afar is read a chunk ahead.
         pixels, outs = walk.pixels(chunk), []
-        ahead = walk.pixels(jnp.minimum(chunk + 1, walk.chunks - 1))
-        maps_ahead = tuple(walk.read(x, picture, pixel) for pixel in ahead)
-        numbers = [walk.numbers(pixel) for pixel in pixels]
-        for u, number in zip(maps, numbers, strict=True):
-            _, _, decay, drive, _, c = walk.operands(u, number)
+        # All reads first, all writes last: neither is moved past the other.  (To read
+        # a chunk ahead took 1.4 times as long on an H100.)
+        for read in [walk.load(pixel) for pixel in pixels]:
+            _, _, decay, drive, _, c = walk.operands(*read)
             h = tuple(map(walk.fma, decay, h, drive))
             out = c[0] * h[0]
             for c_n, h_n in zip(c[1:], h[1:], strict=True):
@@ -211,10 +211,9 @@ def _forward_kernel(plan, x, p, w, bias, a, y, *states, **options):
             outs.append(out)
         for pixel, out in zip(pixels, outs, strict=True):
             walk.write(y, out, k, picture, pixel)
-        return h, maps_ahead
+        return h
 
-    first = tuple(walk.read(x, picture, pixel) for pixel in walk.pixels(0))
-    lax.fori_loop(0, walk.chunks, walk_chunk, (walk.zeros(walk.n), first))
+    lax.fori_loop(0, walk.chunks, walk_chunk, walk.zeros(walk.n))
 
 
 def _backward_kernel(
@@ -227,10 +226,7 @@ def _backward_kernel(
         grad_h, total_a, total_z = list(carry[0]), list(carry[1]), carry[2]
         chunk = walk.chunks - 1 - index
         pixels = walk.pixels(chunk)
-        reads = [
-            (walk.read(x, picture, i), walk.numbers(i), walk.read(grad, picture, i))
-            for i in pixels
-        ]
+        reads = [(*walk.load(i), walk.read(grad, picture, i)) for i in pixels]
         h = [walk.read(states, k, picture, chunk, n) for n in every]
         steps = []
         for u, numbers, g in reads:

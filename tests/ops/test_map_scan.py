@@ -1,8 +1,10 @@
-"""Laws of the scan of maps; `sequential` is the oracle of the TPU kernel.
+"""Laws of the scan of maps; `sequential` is the oracle of the kernels.
 
-The kernel is interpreted here; that it compiles for TPUs is a law of the rehearsal.
+They are interpreted here; that one compiles for TPUs is a law of the rehearsal.
 """
 
+import re
+import sys
 from functools import partial
 
 import jax
@@ -62,6 +64,35 @@ def test_the_kernels_equal_the_oracle(shape, dtype, method):
         assert one.shape == other.shape and np.isfinite(other).all(), name
         error = np.abs(one - other).max() / np.abs(one).max()
         assert error < TOLERANCE[dtype], (name, error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gpu_kernels_are_lowered_for_gpus(dtype):
+    """To Triton, which is as far as it goes without one."""
+
+    def run(args):
+        y, vjp = jax.vjp(partial(ss2d, method="triton_gpu"), *args)
+        return y, vjp(y)
+
+    args = operands(2, 4, 6, 24, 2, 1, dtype)
+    lowered = jax.jit(run).trace(args).lower(lowering_platforms=("cuda",))
+    kernels = re.findall(r'name = "(four_scans_\w+)"', lowered.as_text())
+    assert sorted(kernels) == ["four_scans_backward", "four_scans_forward"]
+
+
+def test_auto_takes_the_kernel_of_the_devices(monkeypatch):
+    args = operands(1, 4, 4, 32, 2, 1, "float32")
+
+    # Not the function of that name.
+    module = sys.modules["sparx_jax.ops.ss2d"]
+
+    def program(kind):
+        monkeypatch.setattr(module, "target_kind", lambda: kind)
+        traced = jax.jit(lambda *args: ss2d(*args)).trace(*args)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "four_scans" in program("NVIDIA H100 80GB HBM3")
+    assert "four_scans" not in program("Tesla V100-SXM2-16GB")
 
 
 def test_maps_that_do_not_fit_are_refused():
