@@ -22,7 +22,7 @@ from sparx_jax.ops import depthwise_conv, gelu, group_norm, layer_norm, ss2d
 
 RECORD = Path(__file__).with_suffix(".json")
 TOLERANCE = 0.02
-NETWORKS = "sparx_mamba_t", "sparx_swin_t"
+NETWORKS = "sparx_mamba_nano", "sparx_swin_nano"
 
 
 def network_costs(name: str) -> dict[str, float]:

@@ -30,6 +30,7 @@ GROUPS = {
     "everything else": ("",),
 }
 STYLES = {"gradient": "-", "forward": "--"}
+LABELS = {"gradient": "with gradient", "forward": "forward"}
 ASIDE = "#BBBBBB"  # the line to compare with
 
 
@@ -57,7 +58,6 @@ def scaling_figure(found: dict) -> Figure:
     figure = new_figure(4.1, title, f"{method}; {conditions(found)}")
     mixers = list(dict.fromkeys(row["mixer"] for row in found["rows"]))
     colours = dict(zip(mixers, (BLUE, ORANGE, GREEN, PINK, INK), strict=False))
-    rows = [row for row in found["rows"] if "forward" in row]
     width = (WIDTH - 1.6) / 2
     panels = {
         "Milliseconds": (0.6, lambda cost: cost["ms"][0]),
@@ -65,10 +65,10 @@ def scaling_figure(found: dict) -> Figure:
     }
     for name, (left, value) in panels.items():
         axes = panel(figure, left, 1.25, width, 2.3, name)
-        draw_scaling(axes, rows, colours, value)
+        draw_scaling(axes, found["rows"], colours, value)
     keys = [Line2D([], [], color=c, lw=1.6, label=m) for m, c in colours.items()]
     keys += [
-        Line2D([], [], color=INK, lw=1.6, ls=style, label=kind)
+        Line2D([], [], color=INK, lw=1.6, ls=style, label=LABELS[kind])
         for kind, style in STYLES.items()
     ]
     keys.append(Line2D([], [], color=ASIDE, lw=0.9, label="linear in pixels"))
@@ -84,17 +84,23 @@ def scaling_figure(found: dict) -> Figure:
 def draw_scaling(axes: Axes, rows: list, colours: dict, value) -> None:
     """One panel, `value` of the costs of every row."""
     axes.set(xscale="log", yscale="log")
+    measured = [row for row in rows if "forward" in row]
     for mixer, colour in colours.items():
-        own = [row for row in rows if row["mixer"] == mixer]
+        own = [row for row in measured if row["mixer"] == mixer]
+        if not own:
+            continue
         pixels = [row["pixels"] for row in own]
         for kind, style in STYLES.items():
             costs = [value(row[kind]) for row in own]
             axes.plot(pixels, costs, style, marker="o", ms=3, lw=1.6, color=colour)
+        if len(own) < sum(row["mixer"] == mixer for row in rows):
+            at = dict(xytext=(6, 0), textcoords="offset points", va="center")
+            end = pixels[-1], value(own[-1]["gradient"])
+            axes.annotate("no room beyond", end, size=7.5, color=colour, **at)
     pixels = sorted({row["pixels"] for row in rows})
     # Below every curve, so that it hides none.
-    start = 0.6 * min(
-        value(row[kind]) / row["pixels"] for row in rows for kind in STYLES
-    )
+    each = [value(row[kind]) / row["pixels"] for row in measured for kind in STYLES]
+    start = 0.6 * min(each)
     axes.plot(pixels, [start * n for n in pixels], color=ASIDE, lw=0.9, zorder=1)
     edges = [f"{round(n**0.5)}²" for n in pixels]
     axes.set_xticks(pixels, edges)
@@ -111,19 +117,18 @@ def ops_figure(found: dict) -> Figure:
     title = "Our operations against plain JAX: how many times faster"
     method = f"{found['batch']} pictures, {found['dtype']}, {found['method']}"
     figure = new_figure(height, title, f"{method}; {conditions(found)}")
-    left = 2.25
+    left = 0.4 + 0.065 * max(len(row["name"]) for row in rows)
     axes = panel(figure, left, 0.95, WIDTH - left - 0.45, height - 1.5, "")
     axes.grid(False, axis="y")
     for kind, offset, colour in (("forward", 0.2, ORANGE), ("gradient", -0.2, BLUE)):
         places = [y + offset for y in range(len(rows))]
         ratios = [row[kind]["ratio"] for row in rows]
-        label = {"forward": "forward", "gradient": "forward and gradient"}[kind]
         widths = [ratio or 0 for ratio in ratios]
-        axes.barh(places, widths, 0.38, color=colour, label=label)
+        axes.barh(places, widths, 0.38, color=colour, label=LABELS[kind])
         for y, ratio in zip(places, ratios, strict=True):
             text = f"{ratio:.1f}" if ratio else "no room for the peer"
             at = dict(xytext=(3, 0), textcoords="offset points", va="center")
-            axes.annotate(text, (ratio or 1, y), size=6.5, color=INK, **at)
+            axes.annotate(text, (max(ratio or 1, 1), y), size=6.5, color=INK, **at)
     axes.axvline(1, color=INK, lw=0.9)
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
