@@ -76,7 +76,7 @@ def scaling_figure(found: dict) -> Figure:
     where = (0.5, 1 - 0.74 / figure.get_figheight())
     figure.legend(
         handles=keys, ncols=6, loc="center", bbox_to_anchor=where,
-        columnspacing=1.4, **style,
+        columnspacing=1.1, **style,
     )  # fmt: skip
     return figure
 
@@ -92,7 +92,11 @@ def draw_scaling(axes: Axes, rows: list, colours: dict, value) -> None:
         pixels = [row["pixels"] for row in own]
         for kind, style in STYLES.items():
             costs = [value(row[kind]) for row in own]
-            axes.plot(pixels, costs, style, marker="o", ms=3, lw=1.6, color=colour)
+            above = 3 if style == "--" else 2  # or a solid line would hide it
+            axes.plot(
+                pixels, costs, style, marker="o", ms=3, lw=1.6, color=colour,
+                zorder=above,
+            )  # fmt: skip
         if len(own) < sum(row["mixer"] == mixer for row in rows):
             at = dict(xytext=(6, 0), textcoords="offset points", va="center")
             end = pixels[-1], value(own[-1]["gradient"])
