@@ -55,6 +55,7 @@ _ABSENT_GPU = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_command_buffer": "",
 }
+_KERNELS = r'"(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
 _MOVES_NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 _COLLECTIVES = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
@@ -119,7 +120,7 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
         "operations": cost.get("flops", 0.0),
         "traffic": cost.get("bytes accessed", 0.0),
         "cycles": sum(cycles) + mosaic_tpu.static_cycles(text),
-        "kernels": text.count('"tpu_custom_call"'),
+        "kernels": len(re.findall(_KERNELS, text)),
         "collectives": collectives(text),
         "instructions": sum(" = " in line for line in text.splitlines()),
         "seconds": time.perf_counter() - start,
