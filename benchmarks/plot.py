@@ -127,13 +127,15 @@ def ops_figure(found: dict) -> Figure:
     for kind, offset, colour in (("forward", 0.2, ORANGE), ("gradient", -0.2, BLUE)):
         places = [y + offset for y in range(len(rows))]
         ratios = [row[kind]["ratio"] for row in rows]
-        widths = [ratio or 0 for ratio in ratios]
-        axes.barh(places, widths, 0.38, color=colour, label=LABELS[kind])
+        widths = [(ratio or 1) - 1 for ratio in ratios]  # from equal, to either side
+        axes.barh(places, widths, 0.38, 1, color=colour, label=LABELS[kind])
         for y, ratio in zip(places, ratios, strict=True):
             text = f"{ratio:.1f}" if ratio else "no room for the peer"
             at = dict(xytext=(3, 0), textcoords="offset points", va="center")
             axes.annotate(text, (max(ratio or 1, 1), y), size=6.5, color=INK, **at)
     axes.axvline(1, color=INK, lw=0.9)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.tick_params(axis="y", labelcolor=INK)
