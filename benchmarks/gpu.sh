@@ -1,5 +1,6 @@
 #!/bin/sh
-# Everything that a GPU is needed for, in one call of some nine minutes on an H100:
+# Everything that a GPU is needed for, in one call.  On an H100 the peer took 90 seconds,
+# the networks five minutes, most of it compiling; the operations were not timed:
 #   sh benchmarks/gpu.sh OUT [PEER]
 # Writes tables and JSON to the folder OUT.  PEER is the folder that peer_cuda.py takes:
 # the authors' files, with PyTorch installed; it is measured first, on the same card.
