@@ -131,11 +131,12 @@ def peer_speed(file, kind):
         return None
     word = {"evaluate": "inference", "train": "training"}[kind]
     rows = json.loads(file.read_text())
-    return max(
+    speeds = [
         row["images_per_s"]
         for name, row in rows.items()
         if name.startswith(word) and "images_per_s" in row
-    )
+    ]
+    return max(speeds, default=None)  # what failed there has no speed
 
 
 def main() -> None:
