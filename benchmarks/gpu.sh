@@ -2,14 +2,14 @@
 # Everything that a GPU is needed for, in one call.  On an H100 the peer took 90 seconds,
 # the networks five minutes, most of it compiling; the operations were not timed:
 #   sh benchmarks/gpu.sh OUT [PEER]
-# Writes tables and JSON to the folder OUT.  PEER is the folder that peer_cuda.py takes:
+# Writes tables and JSON to the folder OUT.  PEER is the folder that peer.py takes:
 # the authors' files, with PyTorch installed; it is measured first, on the same card.
 set -eu
 out=$1
 peer=${2:-}
 python=${PYTHON:-python3}
 if [ -n "$peer" ]; then
-	$python benchmarks/peer_cuda.py "$peer" --batch 128 --quick --out "$out/peer.json" ||
+	$python benchmarks/peer.py "$peer" --batch 128 --quick --out "$out/peer.json" ||
 		echo "the peer failed"
 fi
 $python -m benchmarks.model --batch=128 --dtype=bfloat16 --kernels \

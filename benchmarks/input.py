@@ -13,8 +13,6 @@ rounds, least, greatest), how far the fast pixels are from the exact ones, JSON 
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks import timing
 from sparx_jax.data import decode_image, train_batches
 from sparx_jax.data.fast import fast_train_transform, operate
 from sparx_jax.data.rand_augment import Draw
@@ -51,42 +50,8 @@ class Repeated:
         return self._source[index % len(self._source)]
 
 
-class Loader:
-    """A process that prepares as many batches as a line of its input says."""
-
-    def __init__(self, *command):
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-
-    def read(self, count):
-        """Seconds of wall clock and of CPU, those of its workers included."""
-        wall, cpu = time.perf_counter(), _cpu_seconds(self._process.pid)
-        self._process.stdin.write(f"{count}\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == "done\n"
-        cpu = _cpu_seconds(self._process.pid) - cpu
-        return time.perf_counter() - wall, cpu
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def _cpu_seconds(pid):
-    """Of a process and its descendants, from Linux's /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # A thread may have started them.
-        threads = Path(f"/proc/{pid}/task").glob("*/children")
-        children = [child for path in threads for child in path.read_text().split()]
-    except OSError:  # it has ended
-        return 0.0
-    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return own + sum(map(_cpu_seconds, children))
-
-
 def serve(mode, source, workers):
-    """What `Loader` talks to: our batches."""
+    """What `timing.Process` talks to: our batches."""
     data = replace(RECIPE, decode=mode, workers=workers)
     batches = train_batches(data, Repeated(source), batch_size=BATCH, seed=0)
     for line in sys.stdin:
@@ -102,8 +67,8 @@ def rates(loaders, rounds, count, workers):
     for _ in range(rounds):
         for name, loader in loaders.items():
             # What was prepared during the turns of the others is not counted.
-            loader.read(4 * workers + 2)
-            found[name].append([count * BATCH / s for s in loader.read(count)])
+            loader.ask(4 * workers + 2)
+            found[name].append([count * BATCH / s for s in loader.ask(count)])
     return {name: np.array(pairs).T for name, pairs in found.items()}
 
 
@@ -206,10 +171,10 @@ def main():
     loaders = {}
     for name, (python, program) in peers.items():
         command = [python, Path(__file__).parent / program, root]
-        loaders[name] = Loader(*command, str(BATCH), str(options.workers))
+        loaders[name] = timing.Process(*command, str(BATCH), str(options.workers))
     for mode in ("exact", "fast"):
         command = [sys.executable, *sys.orig_argv[1:], f"--serve={mode}"]
-        loaders[mode] = Loader(*command)
+        loaders[mode] = timing.Process(*command)
     try:
         found = rates(loaders, options.rounds, options.batches, options.workers)
     finally:

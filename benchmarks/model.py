@@ -5,8 +5,10 @@
     python -m benchmarks.model --methods=auto,associative             # ratios of scans
 
 One device, the real training step: mixup and cutmix, gradient, AdamW, moving average.
-Data are random and stay on the device.  `--peer` takes the JSON of peer_cuda.py, of the
-same machine, and prints the ratios to it.
+Data are random and stay on the device.  `--peer` takes the JSON of peer.py, of the same
+machine, and prints the ratios to it.  On a CPU `--peer_python`, an interpreter with
+PyTorch, timm and einops, runs the same network round by round in turn with ours: timm's
+Swin-T, and the authors' SparX-Mamba-T, where `--peer_folder` is what peer.py takes.
 """
 
 import argparse
@@ -28,6 +30,19 @@ from sparx_jax.training import state as states
 from sparx_jax.training.config import default_config, from_config_dict
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.step import compile_eval_step, compile_train_step
+
+PEERS = {  # the options of peer.py for networks of the same name here
+    "sparx_mamba_t": {
+        "PyTorch, as released": ["--serve=sparx_mamba_t"],
+        "PyTorch": ["--serve=sparx_mamba_t", "--product"],
+        "PyTorch, NHWC": [
+            "--serve=sparx_mamba_t",
+            "--product",
+            "--layout=channels_last",
+        ],
+    },
+    "swin_t": {"PyTorch": ["--serve=swin_tiny_patch4_window7_224"]},
+}
 
 
 class Network:
@@ -75,6 +90,7 @@ class Network:
 def measure(name, methods, args):
     """The rows of one network: evaluation and training by each scan method."""
     networks = {method: Network(name, method, args) for method in methods}
+    peers = start_peers(name, args)
     for kind in "evaluate", "train":
         calls, compiling = {}, {}
         for method, network in networks.items():
@@ -82,17 +98,33 @@ def measure(name, methods, args):
             start = time.perf_counter()
             jax.block_until_ready(calls[method]())
             compiling[method] = time.perf_counter() - start
+        calls |= {peer: timing.Peer(process, kind) for peer, process in peers.items()}
         times = timing.clock(calls, rounds=args.rounds, seconds=args.seconds)
         for method, found in times.items():
             row = {"model": name, "kind": kind, "method": method, "ms": found}
             row["images_per_s"] = args.batch / found.median * 1e3
             row["ratio"] = found.median / times[methods[0]].median
-            row["compile_s"] = compiling[method]
+            row["compile_s"] = compiling.get(method)
             if memory := jax.devices()[0].memory_stats():
                 row["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
             if args.kernels:
                 row["kernels"] = kernels(calls[method])
             yield row
+    for process in peers.values():
+        process.close()
+
+
+def start_peers(name, args):
+    """Processes that run the network in PyTorch, on the core of this one."""
+    if not args.peer_python:
+        return {}
+    program = str(Path(__file__).parent / "peer.py")
+    batch = "--device=cpu", f"--batch={args.batch}", f"--image={args.image}"
+    folder = [str(args.peer_folder)] if name.startswith("sparx") else []
+    return {
+        peer: timing.Process(args.peer_python, program, *folder, *batch, *options)
+        for peer, options in PEERS.get(name, {}).items()
+    }
 
 
 def kernels(call, number=3):
@@ -113,10 +145,10 @@ def kernels(call, number=3):
 def show(row, peer):
     found = row["ms"]
     print(
-        f"{row['model']:16}{row['kind']:10}{row['method']:12}"
+        f"{row['model']:16}{row['kind']:10}{row['method']:22}"
         f"{row['images_per_s']:9.1f} images/s {found.median:9.2f} ms "
-        f"({found.least:.2f}-{found.most:.2f}) {row['ratio']:6.2f} x time, compiled in "
-        f"{row['compile_s']:.0f} s"
+        f"({found.least:.2f}-{found.most:.2f}) {row['ratio']:6.2f} x time"
+        + (f", compiled in {row['compile_s']:.0f} s" if row["compile_s"] else "")
         + (f", {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
         + (f", {row['images_per_s'] / peer:.2f} x the peer" if peer else ""),
         flush=True,
@@ -150,7 +182,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="at least, a round")
     parser.add_argument("--kernels", action="store_true", help="of a GPU, by time")
-    parser.add_argument("--peer", type=Path, help="JSON of peer_cuda.py")
+    parser.add_argument("--peer", type=Path, help="JSON of peer.py on this GPU")
+    parser.add_argument("--peer_python", help="on a CPU, an interpreter with PyTorch")
+    parser.add_argument("--peer_folder", type=Path, help="the authors' files")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     timing.pin()

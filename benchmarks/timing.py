@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -30,28 +31,75 @@ def pin() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
+class Process:
+    """A program that does what each line of its input asks for, and answers "done"."""
+
+    def __init__(self, *command: str) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+    def ask(self, line: str) -> tuple[float, float]:
+        """Seconds of wall clock and of CPU, those of its own processes included."""
+        wall, cpu = time.perf_counter(), _cpu_seconds(self._process.pid)
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+        if (answer := self._process.stdout.readline()) != "done\n":
+            raise RuntimeError(f"{self._process.args} ended or said {answer!r}")
+        cpu = _cpu_seconds(self._process.pid) - cpu
+        return time.perf_counter() - wall, cpu
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Peer(NamedTuple):
+    """A step of another process, which `clock` times beside our functions."""
+
+    process: Process
+    kind: str
+
+
+def _cpu_seconds(pid):
+    """Of a process and its descendants, from Linux's /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # A thread may have started them.
+        threads = Path(f"/proc/{pid}/task").glob("*/children")
+        children = [child for path in threads for child in path.read_text().split()]
+    except OSError:  # it has ended
+        return 0.0
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return own + sum(map(_cpu_seconds, children))
+
+
+def _spend(call, number):
+    """Seconds of `number` calls."""
+    if isinstance(call, Peer):
+        return call.process.ask(f"{call.kind} {number}")[1]
+    read = time.process_time if on_cpu() else time.perf_counter
+    start = read()
+    for _ in range(number):
+        result = call()
+    jax.block_until_ready(result)
+    return read() - start
+
+
 def clock(
-    calls: dict[str, Callable[[], Any]], *, rounds: int = 5, seconds: float = 0.1
+    calls: dict[str, Callable[[], Any] | Peer], *, rounds: int = 5, seconds: float = 0.1
 ) -> dict[str, Time]:
     """Times each function in turn, `rounds` times, for at least `seconds` a time.
 
-    On CPU it is the CPU time of this process, whatever else the machine does; on an
+    On CPU it is the CPU time of the process, whatever else the machine does; on an
     accelerator the time until the last of the results is there.
     """
-    read = time.process_time if on_cpu() else time.perf_counter
     numbers, times = {}, {name: [] for name in calls}
     for name, call in calls.items():
-        for _ in range(2):  # the first compiles
-            start = read()
-            jax.block_until_ready(call())
-        numbers[name] = max(1, round(seconds / max(read() - start, 1e-9)))
+        _spend(call, 1)  # compiles
+        numbers[name] = max(1, round(seconds / max(_spend(call, 1), 1e-9)))
     for _ in range(rounds):
         for name, call in calls.items():
-            start = read()
-            for _ in range(numbers[name]):
-                result = call()
-            jax.block_until_ready(result)
-            times[name].append((read() - start) / numbers[name] * 1e3)
+            times[name].append(_spend(call, numbers[name]) / numbers[name] * 1e3)
     return {
         name: Time(statistics.median(t), min(t), max(t)) for name, t in times.items()
     }

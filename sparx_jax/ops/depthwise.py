@@ -69,18 +69,18 @@ def _grouped_conv(x, kernel, *, stride):
     )
 
 
-def _padded(x, pad):
-    # The barrier keeps XLA from recomputing the padding once per shift.
-    return lax.optimization_barrier(
-        jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    )
+# What a loop's body reads at the loop's counter goes through a barrier, a copy: XLA:CPU
+# reads the counter anew for every element and then vectorises nothing, which takes twice
+# the time. The barriers also keep it from recomputing the padding for every shift.
+_copy = lax.optimization_barrier
 
 
 def _shifted_sum(x, kernel, *, stride):
     k, (_, h, w, c) = kernel.shape[0], x.shape
-    height, width = (h - 1) // stride, (w - 1) // stride
+    height, width, pad = (h - 1) // stride, (w - 1) // stride, k // 2
 
-    def one(padded):
+    def one(image):
+        padded = _copy(jnp.pad(image, ((pad, pad), (pad, pad), (0, 0))))
         total = 0
         for i in range(k):
             for j in range(k):
@@ -91,7 +91,7 @@ def _shifted_sum(x, kernel, *, stride):
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
-    return lax.map(one, _padded(x, k // 2))
+    return lax.map(one, x)
 
 
 def _shifted_sum_vjp(x, kernel, grad, *, stride):
@@ -110,7 +110,7 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride):
 
     # Filter: one pass over the output rows that keeps the k x k x width x c products in
     # cache; k * k separate reductions would read both maps k * k times.
-    padded = _padded(x, pad)
+    padded = _copy(jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
     span = (width - 1) * stride + 1
 
     def add_row(index, totals):
@@ -119,7 +119,7 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride):
         rows = lax.dynamic_slice(
             padded, (image, row * stride, 0, 0), (1, k, w + 2 * pad, c)
         )[0]
-        grad_row = grad_row.astype(jnp.float32)
+        rows, grad_row = _copy((rows, grad_row.astype(jnp.float32)))
         return tuple(
             total + rows[:, j : j + span : stride] * grad_row
             for j, total in enumerate(totals)

@@ -280,6 +280,22 @@ def _recur(block, decay, *inputs):
     return lax.fori_loop(0, block.steps, step, start)
 
 
+# Sums as products: XLA:CPU gives sums to YNNPACK, which took 3 to 9 times as long, half
+# of the whole gradient.
+
+
+def _channel_sum(x):  # ... d -> ...
+    ones = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.matmul(x, ones, precision=lax.Precision.HIGHEST)
+
+
+def _token_sum(x):  # b t n d -> n d
+    tokens, ones = x.reshape(-1, x[0, 0].size), jnp.ones(len(x) * x.shape[1], x.dtype)
+    return jnp.matmul(ones, tokens, precision=lax.Precision.HIGHEST).reshape(
+        x.shape[2:]
+    )
+
+
 @_traced_once
 def _loop(x, dt, a, b, c, d, *, reverse):
     (batch, length, dim), states_dim = x.shape, a.shape[-1]
@@ -343,9 +359,9 @@ def _loop_vjp(operands, stored, grad, *, reverse):
             grad_h,
             add(grad_x, grad_drive * delta, 0, low),
             add(grad_dt, grad_delta * sigmoid, k, 0, low),
-            add(grad_b, (g * (delta * x_t)[:, :, None]).sum(-1), k, 0, low),
-            add(grad_c, (grad_y * after).sum(-1) * mine, k, 0, low),
-            add(grad_a, (grad_log * delta[:, :, None]).sum((0, 1)), k),
+            add(grad_b, _channel_sum(g * (delta * x_t)[:, :, None]), k, 0, low),
+            add(grad_c, _channel_sum(grad_y * after) * mine, k, 0, low),
+            add(grad_a, _token_sum(grad_log * delta[:, :, None]), k),
         )
 
     grad32, x32 = grad.astype(jnp.float32), x.astype(jnp.float32)

@@ -47,13 +47,23 @@ def ss2d(
         vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
         return mosaic_tpu.four_scans(x, p, dt_proj, dt_bias, a, skip, vmem=vmem)
 
+    r = dt_proj.shape[1]
+
     def there_and_back(x, directions):
         tokens = x.reshape(len(x), -1, x.shape[-1])
-        r = dt_proj.shape[1]
-        p = jnp.einsum("bld,kde->kble", tokens, x_proj[directions])
-        dt, b, c = jnp.split(p, (r, (r + p.shape[-1]) // 2), -1)
-        dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj[directions])
-        dt = dt + dt_bias[directions][:, None, None].astype(x.dtype)
+        weights, bias = x_proj[directions], dt_bias[directions]
+        k, d, e = weights.shape
+        # One product for both directions, and the bias in the next one: XLA would
+        # transpose the map for the first, and read and write all step sizes for a sum.
+        p = (tokens @ weights.swapaxes(0, 1).reshape(d, -1)).reshape(
+            *tokens.shape[:2], k, e
+        )
+        dt, b, c = jnp.split(jnp.moveaxis(p, 2, 0), (r, (r + e) // 2), -1)
+        dt = jnp.concatenate([dt, jnp.ones_like(dt[..., :1])], -1)
+        bias = bias[:, None].astype(x.dtype)
+        dt = jnp.einsum(
+            "kblr,krd->kbld", dt, jnp.concatenate([dt_proj[directions], bias], 1)
+        )
         y = selective_scan(
             tokens,
             dt,

@@ -1,16 +1,23 @@
-"""Times the authors' SparX-Mamba-T in PyTorch, with its CUDA selective scan, on a GPU.
+"""Times the authors' SparX-Mamba-T in PyTorch, or a network of timm; no JAX here.
 
-FOLDER holds their sparx_mamba.py and csm_triton.py, and, where the module
+    python benchmarks/peer.py FOLDER                    # on a GPU
+    python benchmarks/peer.py FOLDER --device=cpu --serve=sparx_mamba_t
+
+FOLDER holds the authors' sparx_mamba.py and csm_triton.py, and, where the module
 selective_scan_cuda_oflex is not installed, a peer_extension.py whose load_extension()
-returns it and a word on where it came from. On the CPU a plain recurrence takes the
-scan's place, which tests this script and nothing else.
+returns it and a word on where it came from. On the CPU scan.cpp takes the place of the
+CUDA scan (needs g++), in float32. `--serve` is what benchmarks.model talks to: it runs
+as many steps as a line such as "training 3" says and answers "done".
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -19,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
@@ -27,7 +35,6 @@ DROP_PATH = 0.2  # of the authors' scripts/train_sparx_mamba_t.sh
 SCAN_NAMES = "u delta A B C D bias".split()
 STAGES = {192: 4, 384: 8, 640: 16, 1024: 32}  # d_inner of T: stride of its map
 FORMATS = dict(default=torch.contiguous_format, channels_last=torch.channels_last)
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def reference_scan(u, delta, a, b, c, d, bias) -> Tensor:
@@ -48,18 +55,66 @@ def reference_scan(u, delta, a, b, c, d, bias) -> Tensor:
     return torch.stack(outputs, -1) + d[:, None] * u
 
 
-def reference_extension() -> SimpleNamespace:
-    """What the CUDA extension offers, from `reference_scan`."""
+def compiled_extension() -> SimpleNamespace:
+    """What the CUDA extension offers, for float32 on CPU and one state: scan.cpp."""
+    source = Path(__file__).parent / "scan.cpp"
+    flags = "-O3 -march=native -ffast-math -fno-associative-math -fopenmp-simd -shared"
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/scan.so"
+        command = ["g++", *flags.split(), "-fPIC", str(source), "-o", file]
+        subprocess.run(command, check=True)
+        library = ctypes.CDLL(file)
+    tile = library.tile_steps()
 
-    def backward(*args):
-        leaves = [t.detach().requires_grad_() for t in args[:7]]
-        with torch.enable_grad():
-            return torch.autograd.grad(reference_scan(*leaves), leaves, args[7])
+    def call(function, inputs, others, batch, groups, width, length):
+        tensors = [t.contiguous() for t in (*inputs, *others)]
+        assert all(t.dtype == torch.float32 for t in tensors)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+        function(*pointers, batch, groups, width, length)
 
-    return SimpleNamespace(
-        fwd=lambda *args: (reference_scan(*args[:7]), args[0].new_empty(0)),
-        bwd=backward,
-    )
+    def sizes(u, b):
+        return len(u), b.shape[1], u.shape[1] // b.shape[1], u.shape[2]
+
+    def forward(u, delta, a, b, c, d, bias, *_):
+        states = u.new_empty(*u.shape[:2], -(-u.shape[2] // tile))
+        y = torch.empty_like(u, memory_format=torch.contiguous_format)
+        inputs = u, delta, a, b, c, d, bias
+        call(library.forward, inputs, (y, states), *sizes(u, b))
+        return y, states
+
+    def backward(u, delta, a, b, c, d, bias, dout, states, *_):
+        inputs = u, delta, a, b, c, d, bias
+        grads = [torch.zeros(t.shape) for t in inputs]
+        call(library.backward, (*inputs, dout, states), grads, *sizes(u, b))
+        return grads
+
+    return SimpleNamespace(fwd=forward, bwd=backward)
+
+
+class CrossScan(torch.autograd.Function):
+    """`cross_scan`, whose gradient is `cross_merge`, as in the authors' kernels."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.sides = x.shape[2:]
+        return cross_scan(x)
+
+    @staticmethod
+    def backward(ctx, y):
+        return cross_merge(y.unflatten(-1, ctx.sides)).unflatten(-1, ctx.sides)
+
+
+class CrossMerge(torch.autograd.Function):
+    """`cross_merge`, whose gradient is `cross_scan`."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.sides = y.shape[3:]
+        return cross_merge(y)
+
+    @staticmethod
+    def backward(ctx, x):
+        return cross_scan(x.unflatten(-1, ctx.sides)).unflatten(-1, ctx.sides)
 
 
 def cross_scan(x: Tensor) -> Tensor:
@@ -81,7 +136,7 @@ def load_peer(folder: Path, device: torch.device) -> tuple[ModuleType, str]:
     sys.path.insert(0, str(folder.resolve()))
     name, origin = "selective_scan_cuda_oflex", "installed"
     if device.type == "cpu":
-        sys.modules[name], origin = reference_extension(), "reference"
+        sys.modules[name], origin = compiled_extension(), "scan.cpp"
     else:
         try:
             importlib.import_module(name)
@@ -95,8 +150,7 @@ def load_peer(folder: Path, device: torch.device) -> tuple[ModuleType, str]:
             sys.modules[f"timm.models.{old}"] = importlib.import_module(new)
     peer = importlib.import_module("sparx_mamba")
     if device.type == "cpu":
-        peer.CrossScanTriton = SimpleNamespace(apply=cross_scan)
-        peer.CrossMergeTriton = SimpleNamespace(apply=cross_merge)
+        peer.CrossScanTriton, peer.CrossMergeTriton = CrossScan, CrossMerge
     return peer, origin
 
 
@@ -123,9 +177,11 @@ def run_scan(peer: ModuleType, inputs: list[Tensor]) -> Tensor:
 def check_scan(peer: ModuleType, device: torch.device) -> dict[str, dict[str, float]]:
     """max |error| / max |value| of the output and each gradient, against float64."""
     worst = {}
-    for label, dtype in dict(float32=torch.float32, bf16=torch.bfloat16).items():
-        errors = worst[label] = Counter()
-        for length in (49, 196, 784, 3136) if device.type == "cuda" else (49,):
+    dtypes = dict(float32=torch.float32, bf16=torch.bfloat16)
+    for label in dtypes if device.type == "cuda" else ["float32"]:
+        dtype, errors = dtypes[label], Counter()
+        worst[label] = errors
+        for length in (49, 196, 784, 3136):
             inputs = scan_inputs(2, 6, length, dtype, device)
             out = run_scan(peer, inputs)
             dout = torch.randn_like(out)
@@ -136,20 +192,15 @@ def check_scan(peer: ModuleType, device: torch.device) -> dict[str, dict[str, fl
             for name, x, y in zip(["out", *SCAN_NAMES], ours, theirs, strict=True):
                 error = ((x - y).abs().max() / y.abs().max()).item()
                 errors[name] = max(errors[name], error)
-        print(f"scan, {label}: max relative error {max(errors.values()):.2e}", errors)
+        error = max(errors.values())
+        print(f"scan, {label}: max relative error {error:.2e}", errors, file=sys.stderr)
     return worst
 
 
-def clock(
-    step: Callable[[], object], device: torch.device, steps: int, repeats: int
-) -> dict[str, float]:
+def clock(step: Callable[[], object], steps: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of a step, and the most memory it held."""
-    for _ in range(5 if device.type == "cuda" else 1):
+    for _ in range(5):
         step()
-    if device.type == "cpu":
-        start = time.perf_counter()
-        step()
-        return dict(ms=1e3 * (time.perf_counter() - start), gib=0.0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     times = []
@@ -165,12 +216,16 @@ def clock(
     return dict(ms=statistics.median(times), min_ms=min(times), gib=gib)
 
 
+def _autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def inference_step(model, images: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
     model.eval()
 
     @torch.no_grad()
     def step():
-        with torch.autocast(images.device.type, dtype):
+        with _autocast(images.device, dtype):
             return model(images)
 
     return step
@@ -186,7 +241,7 @@ def training_step(
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, dtype):
+        with _autocast(images.device, dtype):
             loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -195,32 +250,29 @@ def training_step(
     return step
 
 
-def profile(step: Callable[[], object], device: torch.device) -> dict[str, list]:
-    """{kernel (on the CPU, operator): [milliseconds, calls]} of one step."""
-    kinds = torch.profiler.ProfilerActivity
+def profile(step: Callable[[], object]) -> dict[str, list]:
+    """{kernel: [milliseconds, calls]} of one step."""
     for _ in range(3):
         step()
-    activities = [kinds.CUDA if device.type == "cuda" else kinds.CPU]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA]
+    ) as profiler:
         step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
     spent, calls = Counter(), Counter()
     for event in profiler.events():
-        if event.device_type.name != device.type.upper():
+        if event.device_type.name != "CUDA":
             continue
-        if device.type == "cpu":
-            spent[event.name] += event.self_cpu_time_total / 1e3
-        elif not getattr(event, "is_user_annotation", False):
+        if not getattr(event, "is_user_annotation", False):
             spent[event.name] += event.time_range.elapsed_us() / 1e3
         calls[event.name] += 1
     return {name: [ms, calls[name]] for name, ms in spent.most_common()}
 
 
-def clock_scan(peer, batch, image, clocked) -> dict[str, dict[str, float]]:
+def clock_scan(peer, images, clocked) -> dict[str, dict[str, float]]:
     """The scan by itself, at the shapes and types of T's stages under bfloat16."""
     results = {}
-    device = clocked.keywords["device"]
+    batch, image, device = len(images), images.shape[-1], images.device
     for inner, stride in STAGES.items():
         inputs = scan_inputs(
             batch, inner, (image // stride) ** 2, torch.bfloat16, device
@@ -240,10 +292,10 @@ def clock_scan(peer, batch, image, clocked) -> dict[str, dict[str, float]]:
     return results
 
 
-def clock_ss2d(model, batch, image, clocked) -> dict[str, float]:
+def clock_ss2d(model, images, clocked) -> dict[str, float]:
     """The whole SS2D of the first block, input in float32 as its norm leaves it."""
-    device = clocked.keywords["device"]
-    op, side = model.layers[0].blocks[0].op, image // 4
+    batch, device = len(images), images.device
+    op, side = model.layers[0].blocks[0].op, images.shape[-1] // 4
     x = torch.randn(batch, 96, side, side, device=device, requires_grad=True)
     leaves = [x, *op.parameters()]
 
@@ -260,25 +312,79 @@ def clock_ss2d(model, batch, image, clocked) -> dict[str, float]:
     return dict(forward_ms=clocked(forward)["ms"], both_ms=both["ms"])
 
 
+def check_network(peer: ModuleType) -> float:
+    """How far its logits are from the golden that the authors' code once gave."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    reference = importlib.import_module("tests.parity.generate")
+    model = peer.sparx_mamba_t(pretrained=False).eval()
+    names = {name: t.shape for name, t in model.state_dict().items()}
+    weights = {name: reference.tensor(name, shape) for name, shape in names.items()}
+    model.load_state_dict({name: torch.tensor(t) for name, t in weights.items()})
+    goldens = Path(reference.__file__).parent / "goldens"
+    facts = json.loads((goldens / "sparx_mamba_t_64x64.json").read_text())
+    images = torch.tensor(reference.image(facts["input_key"], facts["input_shape"]))
+    logits = torch.tensor(np.load(goldens / "sparx_mamba_t_64x64.npz")["logits"])
+    with torch.no_grad():
+        return (model(images) - logits).abs().max().item()
+
+
+def serve(args) -> None:
+    """Steps of one network on one CPU thread, as many as each line asks for."""
+    torch.set_num_threads(1)
+    if args.folder:
+        peer, _ = load_peer(args.folder, args.device)
+        check_scan(peer, args.device)
+        if args.product:
+            peer.LayerScale.forward = lambda self, x: (
+                x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+            )
+        error = check_network(peer)
+        print(f"logits are {error:.1e} from the golden's", file=sys.stderr)
+        create = getattr(peer, args.serve)
+    else:
+        create = partial(importlib.import_module("timm").create_model, args.serve)
+    model = create(pretrained=False, drop_path_rate=DROP_PATH)
+    model.to(memory_format=FORMATS[args.layout])
+    labels = torch.randint(1000, (args.batch,))
+    images = torch.randn(args.batch, 3, args.image, args.image)
+    images = images.contiguous(memory_format=FORMATS[args.layout])
+    train = training_step(model, images, labels, torch.float32)
+    steps = dict(evaluate=inference_step(model, images, torch.float32), train=train)
+    for line in sys.stdin:
+        kind, count = line.split()
+        model.train(kind == "train")
+        for _ in range(int(count)):
+            steps[kind]()
+        print("done", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--device", default="cuda", type=torch.device)
     parser.add_argument("--out", type=Path, help="a JSON file")
     parser.add_argument("--quick", action="store_true", help="the two speeds alone")
     parser.add_argument("--compile", action="store_true", help="torch.compile as well")
+    parser.add_argument("--serve", help="on CPU: sparx_mamba_t, without FOLDER timm's")
+    parser.add_argument("--layout", default="default", choices=list(FORMATS))
+    parser.add_argument(
+        "--product",
+        action="store_true",
+        help="layer scales as products: torch runs their convolution group by group",
+    )
     args = parser.parse_args()
+    if args.serve:
+        return serve(args)
 
     begin = time.perf_counter()
     device, batch = args.device, args.batch
-    on_gpu = device.type == "cuda"
     torch.backends.cudnn.benchmark = True  # as in the authors' train.py
     torch.manual_seed(0)
-    clocked = partial(clock, device=device, steps=10 if args.quick else 20, repeats=3)
+    clocked = partial(clock, steps=10 if args.quick else 20, repeats=3)
     results = dict(
-        device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        device=torch.cuda.get_device_name(),
         torch=torch.__version__,
         cudnn=torch.backends.cudnn.version(),
         batch=batch,
@@ -296,8 +402,7 @@ def main() -> None:
         print(f"[{seconds:5.1f} s] {name}: {str(results[name])[:200]}", flush=True)
         if args.out:
             args.out.write_text(json.dumps(results, indent=1))
-        if on_gpu:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     peer, results["scan"] = load_peer(args.folder, device)
     attempt("check", lambda: check_scan(peer, device))
@@ -333,13 +438,13 @@ def main() -> None:
     best = max(speeds, key=speeds.get)
     use(best)
     if not args.quick:
-        if on_gpu:  # what the authors train in (--native-amp)
-            both_modes(model, f"fp16 {best}", torch.float16)
+        # What the authors train in (--native-amp).
+        both_modes(model, f"fp16 {best}", torch.float16)
         step = training_step(model, images, labels, torch.bfloat16)
-        attempt("kernels", lambda: profile(step, device))
+        attempt("kernels", lambda: profile(step))
         model.zero_grad(set_to_none=True)
-        attempt("scan alone", lambda: clock_scan(peer, batch, args.image, clocked))
-        attempt("ss2d", lambda: clock_ss2d(model, batch, args.image, clocked))
+        attempt("scan alone", lambda: clock_scan(peer, images, clocked))
+        attempt("ss2d", lambda: clock_ss2d(model, images, clocked))
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # each block is its own shape
         for name in "_selective_scan", "_cross_scan", "_cross_merge":
