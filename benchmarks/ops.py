@@ -3,8 +3,9 @@
     python -m benchmarks.ops --out=ops.json               # 8 pictures, float32, on CPU
     python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=ss2d      # on a GPU
 
-Ratios are times of the peer by ours, of the same run.  Peers: `associative_scan`; a
-port of the authors' SS2D that keeps four copies of the map; XLA's grouped convolution.
+Ratios are times of the peer by ours, of the same run.  Peers: the same four scans by
+`associative_scan`; a port of the authors' SS2D that keeps four copies of the map; XLA's
+grouped convolution.
 """
 
 import argparse
@@ -18,7 +19,8 @@ import numpy as np
 from jax import lax
 
 from benchmarks import timing
-from sparx_jax.ops import depthwise_conv, gelu, selective_scan, ss2d
+from sparx_jax.ops import depthwise_conv, gelu, ss2d
+from sparx_jax.ops.ss2d import by_sequences, four_scans
 
 # Of a stage: pixels a side, channels of the mixer, inputs of its step sizes.
 STAGES = {1: (56, 192, 6), 2: (28, 384, 12), 3: (14, 640, 20), 4: (7, 1024, 32)}
@@ -44,18 +46,11 @@ def map_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
     )
 
 
-def sequence_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
-    """Of the two directions along the rows."""
-    size, d, _ = STAGES[stage]
-    tokens = size * size
-    return (
-        draw(batch, tokens, d, dtype=dtype),
-        draw(2, batch, tokens, d, dtype=dtype) - 4,
-        -jnp.ones((2, d, 1)),
-        draw(2, batch, tokens, 1, dtype=dtype),
-        draw(2, batch, tokens, 1, dtype=dtype),
-        jnp.ones((2, d)),
-    )
+def scan_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
+    """What is left of them when the first projection is made."""
+    x, x_proj, dt_proj, *others = map_operands(stage, batch, dtype)
+    p = jnp.einsum("bhwd,kde->bhwke", x, x_proj.astype(dtype))
+    return x, p.reshape(*x.shape[:3], -1), dt_proj.astype(dtype), *others
 
 
 def naive_ss2d(x, x_proj, dt_proj, dt_bias, a, skip):
@@ -104,13 +99,11 @@ def cases(batch: int, dtype: jnp.dtype, only: list[str]):
     """Name, ours, the peer, operands."""
     for stage in STAGES:
         if "scan" in only:
-            scan = partial(selective_scan, reverse=(False, True))
-            peer = partial(scan, method="associative")
             yield (
-                f"scan, stage {stage}",
-                scan,
-                peer,
-                sequence_operands(stage, batch, dtype),
+                f"scans, stage {stage}",
+                partial(four_scans, "auto"),
+                partial(by_sequences, "associative"),
+                scan_operands(stage, batch, dtype),
             )
         if "ss2d" in only:
             yield (

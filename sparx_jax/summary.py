@@ -145,9 +145,9 @@ def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
     total = 0
     for eqn in jaxpr.eqns:
         inside, kind = f"{scopes}/{eqn.source_info.name_stack}", eqn.primitive.name
-        if "selective_scan" in inside:
-            _, dt, a, *_ = (v.aval for v in eqn.invars)  # (k, b, l, d), (k, d, n)
-            total += dt.size * (9 * a.shape[-1] + 1)
+        if "four_scans" in inside:  # its operands
+            x, _, dt_proj, _, a, _ = (v.aval for v in eqn.invars)
+            total += 4 * x.size * (9 * a.shape[-1] + 1 + dt_proj.shape[1])
         elif kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             width = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)

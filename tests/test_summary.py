@@ -192,11 +192,11 @@ def test_work_inside_calls_loops_and_branches_is_found():
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
 def test_a_scan_counts_by_its_formula_wherever_it_is_called(wrap):
-    k, b, length, d, n = 2, 3, 5, 4, 6
-    scan = wrap(lambda *x: ops.selective_scan(*x, reverse=(False, True), method="loop"))
-    shapes = (b, length, d), (k, b, length, d), (k, d, n)
-    shapes += (k, b, length, n), (k, b, length, n), (k, d)
-    assert macs_of(scan, *shapes) == k * b * length * d * (9 * n + 1)
+    b, side, d, n, r = 3, 5, 4, 6, 2
+    scan = wrap(lambda *x: ops.ss2d(*x, method="loop"))
+    shapes = (b, side, side, d), (4, d, r + 2 * n), (4, r, d), (4, d), (4, d, n), (4, d)
+    scans, projections = 9 * n + 1, r + 2 * n + r
+    assert macs_of(scan, *shapes) == 4 * b * side**2 * d * (scans + projections)
 
 
 def test_memory_is_the_saved_arrays():

@@ -4,11 +4,10 @@ from sparx_jax.ops.batch import batch_on
 from sparx_jax.ops.depthwise import depthwise_conv
 from sparx_jax.ops.gelu import gelu
 from sparx_jax.ops.norm import batch_norm, group_norm, layer_norm, moments
-from sparx_jax.ops.scan import SCAN_METHODS, selective_scan
+from sparx_jax.ops.scan import selective_scan
 from sparx_jax.ops.ss2d import MapScanMethod, ss2d
 
 __all__ = [
-    "SCAN_METHODS",
     "MapScanMethod",
     "batch_norm",
     "batch_on",

@@ -1,15 +1,20 @@
 """Selective scan of a map along its rows, its columns, and both backwards."""
 
-from typing import Literal
+import os
+from functools import partial
+from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
-from sparx_jax.ops import mosaic_tpu, triton_gpu
-from sparx_jax.ops.batch import target_kind
+from sparx_jax.ops import loop, mosaic_tpu, triton_gpu
+from sparx_jax.ops.batch import shard_batch, target_kind
 from sparx_jax.ops.scan import ScanMethod, selective_scan
 from sparx_jax.typing import Array, Float
 
-MapScanMethod = Literal[ScanMethod, "mosaic_tpu", "triton_gpu"]
+MapScanMethod = Literal["auto", ScanMethod, "loop", "mosaic_tpu", "triton_gpu"]
+SCAN_METHODS: tuple[str, ...] = get_args(MapScanMethod)
 
 
 def ss2d(
@@ -26,60 +31,42 @@ def ss2d(
 
     `x_proj` makes of each pixel the r inputs of `dt_proj`, then B and C, e = r + 2 n;
     `dt_bias` is added to the step size before softplus; `a` must be negative.
+    Arithmetic is float32 inside whatever the storage dtype of `x`.
 
-    Methods are those of `selective_scan`, and
+    Methods, equal in value and in every gradient:
+      sequential   `selective_scan`'s: the oracle of the others
+      associative  `selective_scan`'s: for accelerators without a kernel
+      loop         line by line with a hand-written gradient: for CPUs
       mosaic_tpu   one TPU kernel for the four scans and the step sizes
       triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later
       auto         the kernel of the devices that `batch_on` names, or else of the
-                   default ones; none where the maps do not fit a TPU's VMEM
+                   default ones; where there is none, or the maps do not fit a TPU's
+                   VMEM, loop on CPU and associative elsewhere, chosen when XLA lowers;
+                   or what the environment says in SPARX_JAX_SCAN_METHOD
     Raises ValueError for others, or if mosaic_tpu does not fit.
 
     Source: SS2D of Liu et al., "VMamba", arXiv:2401.10166.
     """
+    if method == "auto":
+        method = os.environ.get("SPARX_JAX_SCAN_METHOD", method)
+    if method not in SCAN_METHODS:
+        raise ValueError(f"scan method {method!r} is none of {SCAN_METHODS}")
     x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
     if method == "auto":
         method = _kernel(x, x_proj, a) or method
-    if method in ("mosaic_tpu", "triton_gpu"):
-        p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
-        p = p.reshape(*p.shape[:3], -1)
-        if method == "triton_gpu":
-            return triton_gpu.four_scans(x, p, dt_proj, dt_bias, a, skip)
+    # Projections act on single pixels: in the map's own order, for all directions.
+    p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
+    p = p.reshape(*p.shape[:3], -1)
+    operands = x, p, dt_proj, dt_bias, a, skip
+    if method == "triton_gpu":
+        return triton_gpu.four_scans(*operands)
+    if method == "mosaic_tpu":
         vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
-        return mosaic_tpu.four_scans(x, p, dt_proj, dt_bias, a, skip, vmem=vmem)
-
-    r = dt_proj.shape[1]
-
-    def there_and_back(x, directions):
-        tokens = x.reshape(len(x), -1, x.shape[-1])
-        weights, bias = x_proj[directions], dt_bias[directions]
-        k, d, e = weights.shape
-        # One product for both directions, and the bias in the next one: XLA would
-        # transpose the map for the first, and read and write all step sizes for a sum.
-        p = (tokens @ weights.swapaxes(0, 1).reshape(d, -1)).reshape(
-            *tokens.shape[:2], k, e
-        )
-        dt, b, c = jnp.split(jnp.moveaxis(p, 2, 0), (r, (r + e) // 2), -1)
-        dt = jnp.concatenate([dt, jnp.ones_like(dt[..., :1])], -1)
-        bias = bias[:, None].astype(x.dtype)
-        dt = jnp.einsum(
-            "kblr,krd->kbld", dt, jnp.concatenate([dt_proj[directions], bias], 1)
-        )
-        y = selective_scan(
-            tokens,
-            dt,
-            a[directions],
-            b,
-            c,
-            skip[directions],
-            reverse=(False, True),
-            method=method,
-        )
-        return y.reshape(x.shape)
-
-    # Projections act on single pixels, so they are computed in the map's own order;
-    # rows and columns need one transposed copy of the map, not four.
-    by_column = there_and_back(x.swapaxes(1, 2), slice(1, None, 2)).swapaxes(1, 2)
-    return there_and_back(x, slice(0, None, 2)) + by_column
+        return mosaic_tpu.four_scans(*operands, vmem=vmem)
+    if method == "sequential":
+        return by_sequences("sequential", *operands)
+    with jax.named_scope("four_scans"):  # by which sparx_jax.summary knows it
+        return shard_batch(partial(four_scans, method), "bb....", "b")(*operands)
 
 
 def _kernel(x, x_proj, a) -> MapScanMethod | None:
@@ -91,3 +78,63 @@ def _kernel(x, x_proj, a) -> MapScanMethod | None:
     if vmem and mosaic_tpu.fits(height, width, k * e, n, x.dtype, vmem):
         return "mosaic_tpu"
     return None
+
+
+# The gradient is defined once for both methods, so that `platform_dependent` does not
+# keep the residuals of two platforms: the inputs, and the loop's states.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def four_scans(method, *operands):
+    """As `triton_gpu.four_scans`; `method` is loop, associative or auto."""
+    return _forward(method, *operands)[0]
+
+
+def _forward(method, *operands):
+    y, states = _choose(method, loop.forward, _associative, *operands)
+    return y, (operands, states)
+
+
+def _backward(method, residuals, grad):
+    operands, states = residuals
+    return _choose(method, loop.backward, _associative_vjp, *operands, states, grad)
+
+
+four_scans.defvjp(_forward, _backward)
+
+
+def _choose(method, on_cpu, elsewhere, *args):
+    if method == "auto":
+        return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
+    return (on_cpu if method == "loop" else elsewhere)(*args)
+
+
+def _associative(*operands):
+    shapes = jax.eval_shape(loop.forward, *operands)[1]
+    states = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return by_sequences("associative", *operands), states
+
+
+def _associative_vjp(*args):
+    *operands, _, grad = args
+    return jax.vjp(partial(by_sequences, "associative"), *operands)[1](grad)
+
+
+def by_sequences(method: ScanMethod, x, p, dt_proj, dt_bias, a, skip):
+    r, n = dt_proj.shape[1], a.shape[-1]
+
+    def there_and_back(x, p, ways):
+        x, p = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, p))
+        p = jnp.moveaxis(p.reshape(*p.shape[:2], 4, -1)[:, :, ways], 2, 0)
+        dt, b, c = jnp.split(p, (r, r + n), -1)
+        dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj[ways])
+        dt = dt + dt_bias[ways][:, None, None].astype(x.dtype)
+        return selective_scan(
+            x, dt, a[ways], b, c, skip[ways], reverse=(False, True), method=method
+        )
+
+    # Rows and columns need one transposed copy of the map, not four.
+    rows = there_and_back(x, p, slice(0, None, 2)).reshape(x.shape)
+    x, p = x.swapaxes(1, 2), p.swapaxes(1, 2)
+    columns = there_and_back(x, p, slice(1, None, 2)).reshape(x.shape)
+    return rows + columns.swapaxes(1, 2)

@@ -78,7 +78,7 @@ MISTAKES = [
     ("in_channels", 0, "at least 1"),
     ("dtype", "float16", "one of float32, bfloat16"),
     ("dtype", np.float32, "one of float32, bfloat16"),
-    ("scan_method", "fast", "one of auto, associative, loop, sequential"),
+    ("scan_method", "fast", "one of auto, associative, sequential, loop"),
     ("remat", "layer", "one of none, block, stage"),
 ]
 

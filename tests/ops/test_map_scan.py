@@ -1,6 +1,6 @@
-"""Laws of the scan of maps; `sequential` is the oracle of the kernels.
+"""Laws of the scan of maps; `sequential` is the oracle of the other methods.
 
-They are interpreted here; that one compiles for TPUs is a law of the rehearsal.
+Kernels are interpreted here; that one compiles for TPUs is a law of the rehearsal.
 """
 
 import re
@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from sparx_jax.parallel import make_mesh
 # As in test_scan.py; bfloat16 here rounds the step sizes of the oracle too.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}
 NAMES = "x x_proj dt_proj dt_bias a skip".split()
+MODULE = sys.modules["sparx_jax.ops.ss2d"]  # not the function of that name
 
 
 def operands(batch, height, width, dim, rank, states, dtype):
@@ -46,24 +48,81 @@ def value_and_grads(method, args):
     return [np.asarray(t, np.float32) for t in run(args)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["mosaic_tpu", "triton_gpu"])
+SHAPES = [
+    ((3, 3, 5, 130, 3, 1), "float32"),  # channels of two blocks, one partial
+    ((9, 2, 4, 8, 2, 1), "bfloat16"),  # pictures of two blocks
+    ((2, 3, 2, 8, 2, 16), "float32"),
+]
+
+
 @pytest.mark.parametrize(
-    "shape, dtype",
-    [
-        ((3, 3, 5, 130, 3, 1), "float32"),  # channels of two blocks, one partial
-        ((9, 2, 4, 8, 2, 1), "bfloat16"),  # pictures of two blocks
-        ((2, 3, 2, 8, 2, 16), "float32"),
-    ],
+    "method",
+    ["loop", "associative"]
+    + [pytest.param(k, marks=pytest.mark.slow) for k in ("mosaic_tpu", "triton_gpu")],
 )
-def test_the_kernels_equal_the_oracle(shape, dtype, method):
-    args = operands(*shape, dtype)
+@pytest.mark.parametrize("shape, dtype", SHAPES)
+def test_methods_equal_the_oracle(shape, dtype, method):
+    assert_equal(method, operands(*shape, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1)])
+def test_the_loop_takes_maps_of_one_line(size):
+    assert_equal("loop", operands(2, *size, 5, 2, 3, "float32"), TOLERANCE["float32"])
+
+
+def assert_equal(method, args, tolerance):
     expected = value_and_grads("sequential", args)
     found = value_and_grads(method, args)
     for name, one, other in zip(["y", *NAMES], expected, found, strict=True):
         assert one.shape == other.shape and np.isfinite(other).all(), name
-        error = np.abs(one - other).max() / np.abs(one).max()
-        assert error < TOLERANCE[dtype], (name, error)
+        error = np.abs(one - other).max() / (np.abs(one).max() + 1e-30)
+        assert error < tolerance, (name, error)
+
+
+def test_auto_is_the_loop_on_cpu_bit_for_bit():
+    args = operands(2, 3, 4, 8, 2, 1, "float32")
+    auto, loop = value_and_grads("auto", args), value_and_grads("loop", args)
+    assert all(map(np.array_equal, auto, loop))
+
+
+def test_the_loop_keeps_its_inputs_and_one_state_a_line():
+    x, x_proj, *weights = operands(2, 3, 5, 8, 2, 4, "float32")
+    p = jnp.einsum("bhwd,kde->bhwke", x, x_proj).reshape(2, 3, 5, -1)
+    _, (kept, states) = jax.eval_shape(partial(MODULE._forward, "auto"), x, p, *weights)
+    assert [t.shape for t in kept] == [t.shape for t in (x, p, *weights)]
+    assert [t.shape for t in states] == [(3, 2, 2, 4, 8), (5, 2, 2, 4, 8)]
+
+
+def test_the_loop_needs_a_tenth_of_the_memory_of_associative():
+    args = operands(2, 24, 24, 32, 2, 1, "float32")
+
+    def temporaries(method):
+        run = jax.jit(
+            lambda args: jax.vjp(partial(ss2d, method=method), *args)[1](args[0])
+        )
+        return run.lower(args).compile().memory_analysis().temp_size_in_bytes
+
+    loop, associative = temporaries("loop"), temporaries("associative")
+    assert loop < 0.1 * associative, (loop, associative)
+
+
+def test_auto_asks_the_environment(monkeypatch):
+    args = operands(1, 2, 3, 4, 1, 1, "float32")
+    monkeypatch.setenv("SPARX_JAX_SCAN_METHOD", "sequential")
+    found, sequential = (
+        value_and_grads("auto", args),
+        value_and_grads("sequential", args),
+    )
+    assert all(map(np.array_equal, found, sequential))
+    monkeypatch.setenv("SPARX_JAX_SCAN_METHOD", "fast")
+    with pytest.raises(ValueError, match="'fast' is none of"):
+        ss2d(*args)
+
+
+def test_unknown_methods_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"'fast' is none of .*sequential.*loop"):
+        ss2d(*operands(1, 2, 2, 4, 1, 1, "float32"), method="fast")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -83,11 +142,8 @@ def test_the_gpu_kernels_are_lowered_for_gpus(dtype):
 def test_auto_takes_the_kernel_of_the_devices(monkeypatch):
     args = operands(1, 4, 4, 32, 2, 1, "float32")
 
-    # Not the function of that name.
-    module = sys.modules["sparx_jax.ops.ss2d"]
-
     def program(kind):
-        monkeypatch.setattr(module, "target_kind", lambda: kind)
+        monkeypatch.setattr(MODULE, "target_kind", lambda: kind)
         traced = jax.jit(lambda *args: ss2d(*args)).trace(*args)
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -1,14 +1,13 @@
-"""Laws of the selective scan; `sequential` is the oracle of the other methods."""
+"""Laws of the selective scan; `sequential` is the oracle of the other method."""
 
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
-from sparx_jax.ops import SCAN_METHODS, scan, selective_scan
+from sparx_jax.ops import scan, selective_scan
 
 # Largest difference over the largest magnitude of the oracle's array.  float32: the
 # methods multiply the same decays in another order, over at most 97 tokens.  bfloat16:
@@ -18,11 +17,11 @@ TOLERANCE = {"float32": 5e-6, "bfloat16": 2e-2}
 # Central differences of a float64 loop against float32 gradients.
 DERIVATIVE_TOLERANCE = 1e-5
 
-FAST = ("associative", "loop")
+METHODS = ("sequential", "associative")
 NAMES = "x dt a b c d".split()
 BATCH, DIM = 2, 3
 
-# Length, states, reverse, storage: every length around a chunk, every kind of reverse.
+# Length, states, reverse, storage.
 CASES = [
     (1, 1, (False,), "float32"),
     (1, 3, (True, False), "bfloat16"),
@@ -100,11 +99,10 @@ def test_sequential_equals_a_float64_loop(length, states, reverse, dtype):
 
 
 @pytest.mark.parametrize("length, states, reverse, dtype", CASES)
-@pytest.mark.parametrize("method", FAST)
-def test_methods_agree_in_value_and_gradient(method, length, states, reverse, dtype):
+def test_methods_agree_in_value_and_gradient(length, states, reverse, dtype):
     args = operands(length, states, len(reverse), dtype)
     cotangent = operands(length, seed=1)[0]
-    y, grads = value_and_grads(method, reverse)(args, cotangent)
+    y, grads = value_and_grads("associative", reverse)(args, cotangent)
     oracle, oracle_grads = value_and_grads("sequential", reverse)(args, cotangent)
     assert y.dtype == dtype
     assert_close(y, oracle, TOLERANCE[dtype], "y")
@@ -113,7 +111,7 @@ def test_methods_agree_in_value_and_gradient(method, length, states, reverse, dt
         assert_close(grad, expected, TOLERANCE[dtype], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("method", ["sequential", *FAST])
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_the_derivatives_of_the_float64_loop(method):
     reverse = (True, False, True)
     args = operands(65, 16, len(reverse))
@@ -136,20 +134,13 @@ def test_gradients_are_the_derivatives_of_the_float64_loop(method):
         assert error < DERIVATIVE_TOLERANCE, f"{name}: {error:.2e}"
 
 
-def test_auto_is_one_of_the_methods_bit_for_bit():
-    args = operands(33, 1, 2)
-    run = {m: value_and_grads(m, (False, True))(args, args[0]) for m in ("auto", *FAST)}
-    same = {m: jax.tree.map(np.array_equal, run["auto"], run[m]) for m in FAST}
-    assert any(all(jax.tree.leaves(flags)) for flags in same.values())
-
-
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("method", ["sequential", *FAST])
+@pytest.mark.parametrize("method", METHODS)
 def test_scan_is_causal(method, backwards):
     """An output's gradient is zero at all later tokens, and not at earlier ones."""
     args = operands(65)
     run = value_and_grads(method, (backwards,))
-    token = 33  # the first token but one of a chunk, in either direction
+    token = 33
     cotangent = jnp.zeros_like(args[0]).at[:, token].set(1.0)
     _, (x, dt, _, b, c, _) = run(args, cotangent)
     for name, grad in dict(x=x, dt=dt[0], b=b[0], c=c[0]).items():
@@ -163,11 +154,10 @@ def test_scan_is_causal(method, backwards):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("method", ["sequential", *FAST])
-def test_an_impulse_decays_geometrically_across_chunks(method, backwards):
+@pytest.mark.parametrize("method", METHODS)
+def test_an_impulse_decays_geometrically_along_the_tokens(method, backwards):
     """With constant steps, y_t = c b delta exp(delta a)^t: a closed form."""
     length, delta, a = 65, 0.02, -1.5
-    assert length > 2 * scan.CHUNK
     first, last = (length - 1, 0) if backwards else (0, length - 1)
     like = operands(length)
     x = jnp.zeros_like(like[0]).at[:, first].set(1.0)
@@ -185,15 +175,14 @@ def test_an_impulse_decays_geometrically_across_chunks(method, backwards):
     assert_close(grads[0], expected, TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("method", FAST)
-def test_extreme_steps_stay_finite_and_agree(method):
+def test_extreme_steps_stay_finite_and_agree():
     """Steps from 0 over 1e-4 to 100: memory without end, and none at all."""
     reverse = (True, False, True)
     x, dt, a, b, c, d = operands(65, 16, 3)
     extremes = np.array([-120.0, np.log(np.expm1(1e-4)), 0.0, 12.0, 100.0])
     picks = np.random.default_rng(3).integers(len(extremes), size=dt.shape)
     args = x, jnp.asarray(extremes[picks], jnp.float32), a * 10, b, c, d
-    y, grads = value_and_grads(method, reverse)(args, x)
+    y, grads = value_and_grads("associative", reverse)(args, x)
     oracle, oracle_grads = value_and_grads("sequential", reverse)(args, x)
     for name, got, expected in zip(
         ["y", *NAMES], [y, *grads], [oracle, *oracle_grads], strict=True
@@ -201,28 +190,6 @@ def test_extreme_steps_stay_finite_and_agree(method):
         assert np.isfinite(got).all(), name
         assert_close(got, expected, TOLERANCE["float32"], name)
     assert_close(oracle, loop64(*args, reverse=reverse), TOLERANCE["float32"])
-
-
-def test_loop_keeps_one_state_a_chunk_for_its_gradient():
-    length = 2 * scan.CHUNK + 1
-    args = operands(length, 3, 2)
-    forward = partial(scan._scan_forward, "loop", (False, True))
-    _, (kept, states) = jax.eval_shape(forward, *args)
-    assert [t.shape for t in kept] == [t.shape for t in args]
-    assert states.shape == (3, 2, BATCH, 3, DIM)
-
-
-def test_loop_needs_a_fifth_of_the_memory_of_associative():
-    args = operands(256)
-    temp = {
-        method: value_and_grads(method, (False,))
-        .lower(args, args[0])
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-        for method in FAST
-    }
-    assert temp["loop"] < 0.2 * temp["associative"], temp
 
 
 def test_step_size_and_slope_are_accurate_at_both_ends():
@@ -233,13 +200,6 @@ def test_step_size_and_slope_are_accurate_at_both_ends():
         got, (np.log1p(np.exp(z64)), 1 / (1 + np.exp(-z64))), strict=True
     ):
         assert np.abs(np.asarray(actual) / expected - 1).max() < 3e-7
-
-
-def test_unknown_method_names_the_methods(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="'fast' is none of") as error:
-        selective_scan(*operands(1), method="fast")
-    assert all(name in str(error.value) for name in SCAN_METHODS)
 
 
 def test_reverse_has_one_entry_a_direction():
