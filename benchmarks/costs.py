@@ -28,7 +28,7 @@ NETWORKS = "sparx_mamba_nano", "sparx_swin_nano"
 def network_costs(name: str) -> dict[str, float]:
     """Of the training step of 2 pictures of 64 x 64."""
     step, args = functions(name, 64, 2)["step"]
-    lowered = step.func.lower(*step.args, *args)
+    lowered = step.lower(*args)
     return {
         f"{name}, operations": lowered.cost_analysis()["flops"],
         f"{name}, instructions": lowered.as_text("hlo").count(" = "),

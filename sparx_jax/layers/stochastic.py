@@ -1,10 +1,9 @@
 """Stochastic depth."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparx_jax.typing import Array, Float, Key
+from sparx_jax.typing import Array, Float
 
 
 class DropPath(nnx.Module):
@@ -18,13 +17,14 @@ class DropPath(nnx.Module):
         self.deterministic = True  # the name that nnx's train() and eval() set
 
     def __call__(
-        self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None
+        self, x: Float[Array, "b h w c"], draws: Float[Array, " b"] | None
     ) -> Float[Array, "b h w c"]:
+        """`draws` are uniform in [0, 1): those of 1 - `rate` or more drop theirs."""
         if self.deterministic or self.rate == 0.0:
             return x
-        if key is None:
+        if draws is None:
             raise ValueError(
                 "drop path in training mode needs a key: model(x, key=...)"
             )
-        keep = jax.random.bernoulli(key, 1 - self.rate, (len(x), 1, 1, 1))
+        keep = (draws < 1 - self.rate)[:, None, None, None]
         return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)

@@ -46,14 +46,16 @@ class Stage(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None
+        self,
+        x: Float[Array, "b h w c"],
+        draws: Float[Array, "layers 2 b"] | None,
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
         call = _recompute(lambda block, *given: block(*given), self.remat_blocks)
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
-            block_key = None if key is None else jax.random.fold_in(key, index)
-            outputs[index] = x = call(block, x, context, block_key)
+            mine = (None, None) if draws is None else draws[index]
+            outputs[index] = x = call(block, x, context, mine)
         return [outputs[index] for index in range(len(self.blocks))]
 
 
@@ -258,13 +260,15 @@ class Backbone(nnx.Module):
         """The output of every layer, by stage."""
         with self._precision():
             x = self.stem(images.astype(self.config.dtype))
-            layers = []
+            layers, draws = [], None
+            if key is not None:  # at once: dozens of draws take long to compile
+                shape = len(self.stages), max(self.config.depths), 2, len(images)
+                draws = jax.random.uniform(key, shape)
             call = _recompute(Stage.__call__, self.config.remat == "stage")
             for i, stage in enumerate(self.stages):
                 if i:
                     x = self.downsamples[i - 1](x)
-                stage_key = None if key is None else jax.random.fold_in(key, i)
-                layers.append(call(stage, x, stage_key))
+                layers.append(call(stage, x, None if draws is None else draws[i]))
                 x = layers[-1][-1]
             return layers
 

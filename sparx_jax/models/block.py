@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -11,7 +10,7 @@ from sparx_jax.layers.conv import DepthwiseConv
 from sparx_jax.layers.mlp import Mlp
 from sparx_jax.layers.norm import ChannelAffine, make_norm
 from sparx_jax.layers.stochastic import DropPath
-from sparx_jax.typing import Array, Float, Key
+from sparx_jax.typing import Array, Float
 
 
 class Block(nnx.Module):
@@ -50,9 +49,9 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         context: tuple[Float[Array, "b h w c"], ...] = (),
-        key: Key[Array, ""] | None = None,
+        draws: Float[Array, "2 b"] | tuple[None, None] = (None, None),
     ) -> Float[Array, "b h w c"]:
-        keys = (None, None) if key is None else jax.random.split(key)
+        """`draws` decide the drop path of the two residual branches."""
         if self.position is not None:
             x = x + self.position(x)
         h = self.mixer_norm(x)
@@ -60,9 +59,9 @@ class Block(nnx.Module):
             h = self.project(h, jnp.concatenate(context, -1))
         else:
             h = self.project(h)
-        x = _residual(x, self.mixer_residual) + self.drop_path(self.mixer(h), keys[0])
+        x = _residual(x, self.mixer_residual) + self.drop_path(self.mixer(h), draws[0])
         h = self.mlp(self.mlp_norm(x))
-        return _residual(x, self.mlp_residual) + self.drop_path(h, keys[1])
+        return _residual(x, self.mlp_residual) + self.drop_path(h, draws[1])
 
 
 def _residual(x, scale: Callable | None):

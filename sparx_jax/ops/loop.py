@@ -75,7 +75,7 @@ def _prepare(p, dt_proj, dt_bias, a, *, axis):
     r, n = dt_proj.shape[1], a.shape[-1]
     z, b, c = jnp.split(p, (r, r + n), -1)
     z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], -1)
-    z = jnp.stack([z.at[:, 1].set(0), z.at[:, 0].set(0)], -2)
+    z = z[..., None, :] * jnp.eye(2)[:, None, None, :, None]
     z = z.reshape(len(z), -1, 2 * (r + 1))
     a = jnp.swapaxes(a[ways], 1, 2)[:, None, None]
     weights = weights.reshape(2 * (r + 1), -1)

@@ -23,6 +23,7 @@ WEIGHT_DECAY_RULES = (
 
 # Of the optimizer's vectors, whatever the mesh, so that any `fsdp` can split them.
 LENGTH_MULTIPLE = 1024
+_PADDING = "~"  # to that length; behind the names of all parameters
 
 
 def is_decayed(path: str) -> bool:
@@ -144,13 +145,13 @@ def _vectors(arrays):
     groups = {"decayed": {}, "free": {}}
     for path, array in arrays.items():
         groups["decayed" if is_decayed(path) else "free"][path] = array
+    for group in groups.values():
+        size = sum(array.size for array in group.values())
+        group[_PADDING] = jnp.zeros(-size % LENGTH_MULTIPLE)
     raveled = {name: ravel_pytree(group) for name, group in groups.items()}
 
     def split(vectors):
-        parts = [back(vectors[n][: v.size]) for n, (v, back) in raveled.items()]
-        return parts[0] | parts[1]
+        parts = [back(vectors[name]) for name, (_, back) in raveled.items()]
+        return {p: a for part in parts for p, a in part.items() if p != _PADDING}
 
-    def padded(vector):
-        return jnp.pad(vector, (0, -vector.size % LENGTH_MULTIPLE))
-
-    return {name: padded(vector) for name, (vector, _) in raveled.items()}, split
+    return {name: vector for name, (vector, _) in raveled.items()}, split

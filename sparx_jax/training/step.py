@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from sparx_jax.layers.norm import BatchNorm
@@ -105,10 +104,10 @@ def train_step(
         if_finite, (weights, opt_state), (state.weights, state.opt_state)
     )
     ema = state.ema
-    if ema is not None:  # as one vector: see make_optimizer
-        (new, _), (old, split) = ravel_pytree(weights), ravel_pytree(ema)
-        moved = old + (1.0 - config.ema_decay) * (new - old)
-        ema = split(if_finite(moved, old))
+    if ema is not None:
+        rate = 1.0 - config.ema_decay
+        move = lambda old, new: if_finite(old + rate * (new - old), old)  # noqa: E731
+        ema = jax.tree.map(move, ema, weights)
     metrics = {
         "train_loss": loss,
         "learning_rate": schedule(state.step),

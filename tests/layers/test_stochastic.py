@@ -14,7 +14,7 @@ def dropped(key, batch=4000, rate=RATE):
     layer = DropPath(rate)
     layer.train()
     x = jnp.ones((batch, 2, 2, 3))
-    return np.asarray(layer(x, key))
+    return np.asarray(layer(x, jax.random.uniform(key, (batch,))))
 
 
 def test_expectation_is_kept():
@@ -30,13 +30,13 @@ def test_a_picture_is_kept_whole_or_dropped_whole():
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - RATE)], rtol=1e-6)
 
 
-def test_the_key_decides():
+def test_the_draws_decide():
     first, again, other = (dropped(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
-def test_evaluation_is_the_identity_without_a_key():
+def test_evaluation_is_the_identity_without_draws():
     layer = DropPath(RATE)
     x = jnp.arange(24.0).reshape(2, 2, 2, 3)
     np.testing.assert_array_equal(layer(x, None), x)
@@ -45,7 +45,7 @@ def test_evaluation_is_the_identity_without_a_key():
     np.testing.assert_array_equal(layer(x, None), x)
 
 
-def test_rate_zero_is_the_identity_without_a_key():
+def test_rate_zero_is_the_identity_without_draws():
     layer = DropPath(0.0)
     layer.train()
     x = jnp.ones((2, 2, 2, 3))
@@ -62,6 +62,6 @@ def test_training_without_a_key_says_how_to_give_one():
 def test_gradient_is_scaled_as_the_value():
     layer = DropPath(RATE)
     layer.train()
-    key, x = jax.random.key(0), jnp.ones((8, 1, 1, 1))
-    grad = jax.grad(lambda x: layer(x, key).sum())(x)
-    np.testing.assert_array_equal(grad, layer(x, key))
+    draws, x = jnp.linspace(0, 0.9, 8), jnp.ones((8, 1, 1, 1))
+    grad = jax.grad(lambda x: layer(x, draws).sum())(x)
+    np.testing.assert_array_equal(grad, layer(x, draws))

@@ -160,20 +160,20 @@ def test_a_stage_hands_every_layer_its_sources():
     calls = []
 
     class Layer(nnx.Module):
-        def __call__(self, x, context, key):
-            calls.append((x, context, key))
+        def __call__(self, x, context, draws):
+            calls.append((x, context, draws))
             return jnp.full((1, 1, 1, 16), float(len(calls) - 1))
 
     stage.blocks = nnx.List(Layer() for _ in stage.blocks)
-    stage_input, key = jnp.full((1, 1, 1, 16), -1.0), jax.random.key(0)
-    outputs = stage(stage_input, key)
+    stage_input = jnp.full((1, 1, 1, 16), -1.0)
+    draws = jax.random.uniform(jax.random.key(0), (7, 2, 1))
+    outputs = stage(stage_input, draws)
     assert [float(y.max()) for y in outputs] == list(range(7))
     name = lambda x: int(x.max())  # noqa: E731
     assert [name(x) for x, _, _ in calls] == [-1, *range(6)]
     sources = [tuple(map(name, context)) for _, context, _ in calls]
     assert sources == [(-1,), (), (1, 0), (), (3, 0, 2), (), (5, 0, 2, 4)]
-    keys = {jax.random.key_data(key).tobytes() for _, _, key in calls}
-    assert len(keys) == 7
+    np.testing.assert_array_equal(jnp.stack([mine for _, _, mine in calls]), draws)
 
 
 @pytest.mark.parametrize("size", [(33, 47), (97, 131), (32, 32), (224, 160)])
@@ -311,7 +311,8 @@ def step():
 
 @pytest.fixture(scope="module")
 def result(step, images):
-    return step(images, jax.random.key(0))
+    # With this key drop path keeps a picture in every branch, so all have gradients.
+    return step(images, jax.random.key(1))
 
 
 def check_gradients(model, grads):
@@ -356,7 +357,7 @@ def test_first_statistics_are_those_of_the_first_convolution(model, result):
 
 
 def test_drop_path_follows_the_key(step, images, result):
-    again, other = (step(images, jax.random.key(seed))[0] for seed in (0, 1))
+    again, other = (step(images, jax.random.key(seed))[0] for seed in (1, 2))
     np.testing.assert_array_equal(again, result[0])
     assert np.abs(other - result[0]).max() > 0.01
 

@@ -75,8 +75,9 @@ def test_both_branches_are_dropped_independently_and_the_residual_never():
     block.train()
     h = x + block.position(x)
     mixed = 2 * jnp.tanh(2 * block.mixer_norm(h)[:, ::-1])
+    draws = jax.random.uniform(jax.random.key(3), (2, len(x)))
     fates = []
-    for picture, got in enumerate(block(x, (), jax.random.key(3))):
+    for picture, got in enumerate(block(x, (), draws)):
         for fate in np.ndindex(2, 2):
             y = affine(block.mixer_residual, h[picture]) + fate[0] * mixed[picture]
             branch = 2 * block.mlp(block.mlp_norm(y[None]))[0]
