@@ -451,7 +451,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np, test_backbone as t
 model = t.randomise(t.build(**t.SHORT, drop_path_rate=0.5))
 np.save({str(tmp_path / "logits.npy")!r}, model(t.draw(4, 64, 48, 3)))
-trained, *_ = t.training_step(model)(t.draw(4, 64, 48, 3), t.jax.random.key(0))
+trained, *_ = t.training_step(model)(t.draw(4, 64, 48, 3), t.jax.random.key(1))
 np.save({str(tmp_path / "trained.npy")!r}, trained)
 """
     environment = os.environ | dict(NNX_GRAPH_MODE="false", NNX_GRAPH_UPDATES="false")
