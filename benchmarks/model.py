@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--peer_folder", type=Path, help="the authors' files")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.peer_python and not args.peer_folder and "sparx_mamba_t" in args.models:
+        parser.error("PyTorch's SparX-Mamba-T is in --peer_folder, which is missing")
     timing.pin()
     settings = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
     found = timing.conditions() | settings | {"rows": []}
