@@ -263,7 +263,7 @@ class Backbone(nnx.Module):
             layers, draws = [], None
             if key is not None:  # at once: dozens of draws take long to compile
                 shape = len(self.stages), max(self.config.depths), 2, len(images)
-                draws = jax.random.uniform(key, shape)
+                draws = jax.random.uniform(jax.random.fold_in(key, 0), shape)
             call = _recompute(Stage.__call__, self.config.remat == "stage")
             for i, stage in enumerate(self.stages):
                 if i:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from sparx_jax.training.config import MixingConfig
 from sparx_jax.typing import Array, Float, Int, Key, UInt8
 
-# The network draws its drop path from the same key, a number for every branch of every
-# picture; JAX makes them of the counters from 0 on, so these stay clear of a million.
+# What is folded into the step's key; the network's drop path folds in 0.
 MIX_KEY, ERASE_KEY = 2**20, 2**20 + 1
 ERASED_SHARE = (0.02, 1 / 3)  # of the picture's area
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
