@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from sparx_jax.ops import triton_depthwise
 from sparx_jax.ops.batch import shard_batch
 from sparx_jax.typing import Array, Float
 
@@ -36,6 +37,7 @@ def _depthwise(x, kernel, stride):
         kernel,
         cpu=shard_batch(partial(_shifted_sum, stride=stride), "b.", "b"),
         default=partial(_grouped_conv, stride=stride),
+        **_on_gpu(triton_depthwise.depthwise, kernel, stride, "b.", "b"),
     )
 
 
@@ -51,7 +53,15 @@ def _backward(stride, residuals, grad):
         default=lambda x, kernel, grad: jax.vjp(
             partial(_grouped_conv, stride=stride), x, kernel
         )[1](grad),
+        **_on_gpu(triton_depthwise.depthwise_vjp, residuals[1], stride, "b.b", "b+"),
     )
+
+
+def _on_gpu(function, kernel, stride, *specs):
+    """Our kernel, for the filters that it is for."""
+    if stride > 1 or len(kernel) > triton_depthwise.LARGEST:
+        return {}
+    return dict(cuda=shard_batch(partial(function, interpret=False), *specs))
 
 
 _depthwise.defvjp(_forward, _backward)

@@ -331,12 +331,14 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
     x32, grad32 = x.astype(jnp.float32), grad.astype(jnp.float32)
     total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape) + grad32 * d.sum(0)
 
-    numbers = p.reshape(batch, tokens, 4, -1)[..., :r]
+    # With places for B and C, which nothing needs: r inputs alone would have to be copied
+    # out of p, and cuBLAS is slow where they are no multiple of 8.
+    padded = jnp.pad(w.astype(grad_z.dtype), ((0, 0), (0, 2 * n), (0, 0)))
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    grad_dt = dot("kbld,krd->blkr", grad_z, w.astype(grad_z.dtype))
-    grad_w = dot("blkr,kbld->krd", numbers, grad_z)
+    grad_dt = dot("kbld,ked->blke", grad_z, padded)
+    grad_w = dot("blke,kbld->ked", p.reshape(batch, tokens, 4, -1), grad_z)[:, :r]
     sums = sums.sum(0)
-    grad_bc = grad_bc.sum(0).transpose(1, 2, 0, 3)
-    grad_p = jnp.concatenate([grad_dt, grad_bc], -1).reshape(p.shape)
+    grad_bc = jnp.pad(grad_bc.sum(0).transpose(1, 2, 0, 3), ((0, 0),) * 3 + ((r, 0),))
+    grad_p = (grad_dt + grad_bc).reshape(p.shape)
     grad_d = jnp.broadcast_to((grad32 * x32).sum((0, 1, 2)), d.shape)
     return total, grad_p, grad_w, sums[:, n], sums[:, :n], grad_d
