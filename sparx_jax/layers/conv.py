@@ -70,7 +70,10 @@ class GroupedPointwise(nnx.Module):
 
 
 class DepthwiseConv(nnx.Module):
-    """k x k convolution of each channel by itself, padding k // 2."""
+    """k x k convolution of each channel by itself, padding k // 2.
+
+    With `residual` it adds its input.
+    """
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class DepthwiseConv(nnx.Module):
         *,
         stride: int = 1,
         bias: bool = True,
+        residual: bool = False,
         kernel_init: init.Initializer = init.weights,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -86,9 +90,15 @@ class DepthwiseConv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (size, size, dim)))
         self.bias = nnx.Param(init.zeros(dim)) if bias else None
         self.stride = stride
+        self.residual = residual
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        x = ops.depthwise_conv(x, kernel, stride=self.stride)
-        return x if self.bias is None else x + self.bias[...].astype(self.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return ops.depthwise_conv(
+            x.astype(self.dtype),
+            self.kernel[...],
+            bias,
+            stride=self.stride,
+            residual=self.residual,
+        )

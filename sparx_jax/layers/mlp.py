@@ -16,11 +16,11 @@ class Mlp(nnx.Module):
     ):
         make = dict(dtype=dtype, rngs=rngs)
         self.expand = pointwise(dim, hidden, **make)
-        self.conv = DepthwiseConv(hidden, 3, **make) if conv else None
+        self.conv = DepthwiseConv(hidden, 3, residual=True, **make) if conv else None
         self.reduce = pointwise(hidden, dim, **make)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = self.expand(x)
         if self.conv is not None:
-            x = x + self.conv(x)
+            x = self.conv(x)
         return self.reduce(gelu(x))

@@ -35,7 +35,9 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         make = dict(dtype=dtype, rngs=rngs)
-        self.position = DepthwiseConv(dim, 3, **make) if position_conv else None
+        self.position = (
+            DepthwiseConv(dim, 3, residual=True, **make) if position_conv else None
+        )
         self.mixer_norm = make_norm(norm, dim)
         self.project = project
         self.mixer = mixer
@@ -53,7 +55,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """`draws` decide the drop path of the two residual branches."""
         if self.position is not None:
-            x = x + self.position(x)
+            x = self.position(x)
         h = self.mixer_norm(x)
         if context:
             h = self.project(h, jnp.concatenate(context, -1))

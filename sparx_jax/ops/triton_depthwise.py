@@ -23,18 +23,27 @@ LARGEST = 5  # filter
 
 
 def depthwise(
-    x: Float[Array, "b h w c"], kernel: Float[Array, "k k c"], *, interpret: bool
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "k k c"],
+    bias: Float[Array, " c"] | None = None,
+    *,
+    residual: bool,
+    interpret: bool,
 ) -> Float[Array, "b h w c"]:
     """As `ops.depthwise_conv` with stride 1 and k <= LARGEST."""
     block, grid = _grid(x)
+    k, kernel = len(kernel), kernel.astype(jnp.float32)
+    if residual:
+        kernel = kernel.at[k // 2, k // 2].add(1.0)
+    bias = jnp.zeros(x.shape[-1]) if bias is None else bias
     return pl.pallas_call(
-        partial(_forward, k=len(kernel), block=block, interpret=interpret),
+        partial(_forward, k=k, block=block, interpret=interpret),
         grid=grid,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=_params(block),
         interpret=interpret,
         name="depthwise_forward",
-    )(x, kernel.astype(jnp.float32))
+    )(x, kernel, bias.astype(jnp.float32)[None, None])
 
 
 def depthwise_vjp(
@@ -42,21 +51,23 @@ def depthwise_vjp(
     kernel: Float[Array, "k k c"],
     grad: Float[Array, "b h w c"],
     *,
+    residual: bool,
     interpret: bool,
-) -> tuple[Float[Array, "b h w c"], Float[Array, "k k c"]]:
-    """Gradients of `x` and `kernel`."""
-    grad_x = depthwise(grad, kernel[::-1, ::-1], interpret=interpret)
+) -> tuple[Float[Array, "b h w c"], Float[Array, "k k c"], Float[Array, " c"]]:
+    """Gradients of `x`, `kernel` and the bias."""
+    grad_x = depthwise(grad, kernel[::-1, ::-1], residual=residual, interpret=interpret)
     block, grid = _grid(x)
     k, parts = len(kernel), grid[0] * grid[2]
     sums = pl.pallas_call(
         partial(_filter_gradient, k=k, block=block, interpret=interpret),
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct((parts, k * k, x.shape[-1]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((parts, k * k + 1, x.shape[-1]), jnp.float32),
         compiler_params=_params(block),
         interpret=interpret,
         name="depthwise_gradient",
     )(x, grad)
-    return grad_x, sums.sum(0).reshape(kernel.shape).astype(kernel.dtype)
+    sums = sums.sum(0).astype(kernel.dtype)
+    return grad_x, sums[:-1].reshape(kernel.shape), sums[-1]
 
 
 def _grid(x):
@@ -128,8 +139,9 @@ class _Tile:
         return (jnp.zeros(self.shape, jnp.float32),) * number
 
 
-def _forward(x, kernel, y, *, k, block, interpret):
+def _forward(x, kernel, bias, y, *, k, block, interpret):
     tile, pad = _Tile(x.shape, block, interpret), k // 2
+    bias = tile.read_filter(bias, 0, 0)
     weights = [[tile.read_filter(kernel, i, j) for j in range(k)] for i in range(k)]
 
     def add_row(row, sums):
@@ -139,9 +151,9 @@ def _forward(x, kernel, y, *, k, block, interpret):
             for j in range(k):
                 sums[i] = tile.fma(weights[i][j], reads[j], sums[i])
         tile.write(y, row - pad, sums[-1])
-        return (*tile.zeros(1), *sums[:-1])
+        return (bias, *sums[:-1])
 
-    lax.fori_loop(0, x.shape[1] + pad, add_row, tile.zeros(k))
+    lax.fori_loop(0, x.shape[1] + pad, add_row, (bias,) * k)
 
 
 def _filter_gradient(x, grad, sums, *, k, block, interpret):
@@ -149,7 +161,7 @@ def _filter_gradient(x, grad, sums, *, k, block, interpret):
 
     def add_row(row, carry):
         """`grads[i]` is the output's row that this one is `i - pad` away from."""
-        grads, totals = carry
+        grads, totals, total = carry
         grads = tile.read(grad, row + pad), *grads
         reads = [tile.read(x, row, j - pad) for j in range(k)]
         totals = [
@@ -157,11 +169,11 @@ def _filter_gradient(x, grad, sums, *, k, block, interpret):
             for i in range(k)
             for j in range(k)
         ]
-        return grads[:-1], tuple(totals)
+        return grads[:-1], tuple(totals), total + grads[pad]
 
     before = [tile.read(grad, jnp.int32(row)) for row in reversed(range(pad))]
-    start = (*before, *tile.zeros(k - 1 - pad)), tile.zeros(k * k)
-    _, totals = lax.fori_loop(0, x.shape[1], add_row, start)
+    start = (*before, *tile.zeros(k - 1 - pad)), tile.zeros(k * k), *tile.zeros(1)
+    _, totals, total = lax.fori_loop(0, x.shape[1], add_row, start)
     at = pl.program_id(0) + pl.num_programs(0) * tile.picture
-    for i, total in enumerate(totals):
-        tile.write_sum(sums, at, i, total)
+    for i, value in enumerate([*totals, total]):
+        tile.write_sum(sums, at, i, value)

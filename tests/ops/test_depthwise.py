@@ -1,4 +1,4 @@
-"""Both backends of the depthwise convolution, against loops in NumPy."""
+"""All backends of the depthwise convolution, against loops in NumPy."""
 
 from functools import partial
 
@@ -7,17 +7,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparx_jax.ops import depthwise, depthwise_conv
+from sparx_jax.ops import depthwise, depthwise_conv, triton_depthwise
 
 # Largest difference over the largest magnitude.  float32: sums of at most 100 products.
 # bfloat16: the shifted sum rounds every one of its k * k partial sums to 8 bits.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def triton(x, kernel, bias, stride, residual):
+    """The GPU's kernels, interpreted."""
+    assert stride == 1
+    return triton_depthwise.depthwise(
+        x, kernel, bias, residual=residual, interpret=True
+    )
+
+
+def triton_gradient(stride, residual, operands, grad):
+    return triton_depthwise.depthwise_vjp(
+        *operands, grad, residual=residual, interpret=True
+    )
+
+
+triton.defvjp(lambda *args: (triton(*args), args[:2]), triton_gradient)
 
 BACKENDS = {
     # What `depthwise_conv` runs here: on CPU the shifted sum, its gradient by hand.
     "default": depthwise_conv,
     "shifted_sum": depthwise._shifted_sum,
     "grouped_conv": depthwise._grouped_conv,
+    "triton": lambda *args, stride, residual: triton(*args, stride, residual),
 }
 
 # Filter, stride, height, width: those of the network (5 and 3 at stride 1; r + 1 at
@@ -63,21 +82,29 @@ def assert_close(actual, expected, tolerance, what):
     assert error <= tolerance * np.abs(expected).max(), f"{what}: {error:.2e}"
 
 
-def check(backend, size, stride, height, width, dtype):
+def check(backend, size, stride, height, width, dtype, channels=3, residual=False):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((2, height, width, 3)), dtype)
-    kernel = jnp.asarray(rng.standard_normal((size, size, 3)), dtype)
+    x = jnp.asarray(rng.standard_normal((2, height, width, channels)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((size, size, channels)), dtype)
+    bias = jnp.asarray(rng.standard_normal(channels), dtype)
     expected = convolve(x, kernel, stride)
     cotangent = jnp.asarray(rng.standard_normal(expected.shape), dtype)
+    convolution = partial(BACKENDS[backend], stride=stride, residual=residual)
 
     @jax.jit
-    def run(x, kernel, cotangent):
-        y, vjp = jax.vjp(partial(BACKENDS[backend], stride=stride), x, kernel)
+    def run(x, kernel, bias, cotangent):
+        y, vjp = jax.vjp(convolution, x, kernel, bias)
         return y, *vjp(cotangent)
 
-    results = run(x, kernel, cotangent)
-    expected = expected, *convolve(x, kernel, stride, cotangent)
-    names = "value", "gradient of x", "gradient of kernel"
+    results = run(x, kernel, bias, cotangent)
+    expected = expected + np.asarray(bias, np.float64)
+    grad_x, grad_kernel = convolve(x, kernel, stride, cotangent)
+    grad_bias = np.asarray(cotangent, np.float64).sum((0, 1, 2))
+    if residual:
+        expected = expected + np.asarray(x, np.float64)
+        grad_x = grad_x + np.asarray(cotangent, np.float64)
+    expected = expected, grad_x, grad_kernel, grad_bias
+    names = "value", "gradient of x", "gradient of kernel", "gradient of bias"
     for what, got, want in zip(names, results, expected, strict=True):
         assert got.dtype == dtype
         assert_close(got, want, TOLERANCE[dtype], what)
@@ -93,9 +120,38 @@ def test_grouped_convolution_equals_loops(size, stride, height, width):
     check("grouped_conv", size, stride, height, width, "float32")
 
 
+# More columns, more channels than a program has, and neither a multiple.
+@pytest.mark.parametrize(
+    "size, height, width, channels", [(3, 7, 5, 3), (5, 6, 9, 80), (5, 1, 1, 64)]
+)
+def test_gpu_kernels_equal_loops(size, height, width, channels):
+    check("triton", size, 1, height, width, "float32", channels, residual=True)
+
+
 @pytest.mark.parametrize("backend", ["default", "grouped_conv"])
+def test_residual_adds_the_input(backend):
+    check(backend, 5, 1, 6, 3, "float32", residual=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_storage_loses_only_rounding(backend):
-    check(backend, 5, 1, 6, 3, "bfloat16")
+    check(backend, 5, 1, 6, 3, "bfloat16", residual=True)
+
+
+def test_gpus_get_the_kernels_where_the_filter_is_small():
+    """Lowered for a GPU, without one: strides and large filters stay XLA's."""
+
+    def kernels(size, **settings):
+        def both(x, kernel, bias):
+            y, vjp = jax.vjp(partial(depthwise_conv, **settings), x, kernel, bias)
+            return y, vjp(y)
+
+        args = jnp.ones((1, 8, 8, 64)), jnp.ones((size, size, 64)), jnp.ones(64)
+        lowered = jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("xla.gpu.triton")
+
+    assert kernels(5, residual=True) == 3
+    assert kernels(7) == kernels(3, stride=2) == 0
 
 
 def test_hand_written_gradient_is_that_of_the_shifted_sum():
@@ -114,6 +170,9 @@ def test_gradient_reaches_a_kernel_kept_in_another_dtype():
     np.testing.assert_array_equal(grad[..., 0], np.outer([2, 3, 2], [2, 3, 2]))
 
 
-def test_even_filters_are_refused():
+def test_what_the_backends_would_do_differently_is_refused():
+    x = jnp.ones((1, 4, 4, 2))
     with pytest.raises(ValueError, match="odd"):
-        depthwise_conv(jnp.ones((1, 4, 4, 2)), jnp.ones((4, 4, 2)))
+        depthwise_conv(x, jnp.ones((4, 4, 2)))
+    with pytest.raises(ValueError, match="stride 1"):
+        depthwise_conv(x, jnp.ones((3, 3, 2)), stride=2, residual=True)
