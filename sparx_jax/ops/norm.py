@@ -99,6 +99,8 @@ def _backward(axes, eps, saved, grads):
 
     sums = grad.sum((1, 2), keepdims=True)  # b 1 1 c
     products = (grad * centred).sum((1, 2), keepdims=True) * inverse
+    # Or else XLA reads the map again for the sum over the batch.
+    sums = lax.optimization_barrier(sums)
     shift, slope = average(sums), average(products) * inverse
     grad_x = (grad * scale - shift - centred * slope) * inverse
     grad_scale, grad_bias = products.sum((0, 1, 2)), sums.sum((0, 1, 2))

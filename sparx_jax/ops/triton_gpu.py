@@ -223,7 +223,7 @@ def _backward_kernel(
     k, picture, every = walk.direction, walk.picture, range(walk.n)
 
     def walk_chunk(index, carry):
-        grad_h, total_a, total_z = list(carry[0]), list(carry[1]), carry[2]
+        grad_h, total_a, total_z, total_d = list(carry[0]), list(carry[1]), *carry[2:]
         chunk = walk.chunks - 1 - index
         pixels = walk.pixels(chunk)
         reads = [(*walk.load(i), walk.read(grad, picture, i)) for i in pixels]
@@ -255,13 +255,14 @@ def _backward_kernel(
             walk.write(grad_x, grad_rate * delta, k, picture, pixel)
             grad_delta *= sigmoid
             total_z += grad_delta
+            total_d = walk.fma(g, u, total_d)
             walk.write(grad_z, grad_delta, k, picture, pixel)
-        return tuple(grad_h), tuple(total_a), total_z
+        return tuple(grad_h), tuple(total_a), total_z, total_d
 
     zeros = walk.zeros(walk.n)
-    carry = zeros, zeros, *walk.zeros(1)
-    _, total_a, total_z = lax.fori_loop(0, walk.chunks, walk_chunk, carry)
-    for i, total in enumerate([*total_a, total_z]):
+    carry = zeros, zeros, *walk.zeros(2)
+    _, total_a, *others = lax.fori_loop(0, walk.chunks, walk_chunk, carry)
+    for i, total in enumerate([*total_a, *others]):
         walk.write(sums, total, picture, k, i)
 
 
@@ -321,15 +322,15 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
         each = jax.ShapeDtypeStruct((4, batch, tokens, dim), x.dtype)
         f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         bc = f32((parts, 4, batch, tokens, 2 * n))
-        return [each, each, bc, f32((batch, 4, n + 1, dim))]
+        return [each, each, bc, f32((batch, 4, n + 2, dim))]
 
     flat = grad.reshape(batch, tokens, dim)
     grad_x, grad_z, grad_bc, sums = _call(
         _backward_kernel, x, p, w, bias, a, flat, states,
         outputs=outputs, interpret=interpret,
     )  # fmt: skip
-    x32, grad32 = x.astype(jnp.float32), grad.astype(jnp.float32)
-    total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape) + grad32 * d.sum(0)
+    total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape)
+    total += grad.astype(jnp.float32) * d.sum(0)
 
     # With places for B and C, which nothing needs: r inputs alone would have to be
     # copied out of p, and cuBLAS is slow where they are no multiple of 8.
@@ -340,5 +341,4 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
     sums = sums.sum(0)
     grad_bc = jnp.pad(grad_bc.sum(0).transpose(1, 2, 0, 3), ((0, 0),) * 3 + ((r, 0),))
     grad_p = (grad_dt + grad_bc).reshape(p.shape)
-    grad_d = jnp.broadcast_to((grad32 * x32).sum((0, 1, 2)), d.shape)
-    return total, grad_p, grad_w, sums[:, n], sums[:, :n], grad_d
+    return total, grad_p, grad_w, sums[:, n], sums[:, :n], sums[:, n + 1]
