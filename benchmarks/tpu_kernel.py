@@ -13,29 +13,53 @@ import json
 import os
 import re
 import tempfile
+import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
-STAGES = [(56, 192, 6), (28, 384, 12), (14, 640, 20), (7, 1024, 32)]
+STAGES = [(192, 6), (384, 12), (640, 20), (1024, 32)]
 
 
-def bundles(folder, kind):
-    """Instruction bundles of a kernel by the depth of their loop."""
+def loops(text):
+    """Depth and instruction bundles of each loop of a schedule, without inner ones.
+
+    The first is the loop over programs.
+    """
+    found, last = [], {}
+    pattern = r"^\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2}):)?\s*:?\s*(>+)\s*\{"
+    for label, arrows in re.findall(pattern, text, re.M):
+        depth = len(arrows)
+        if label == "LB":
+            last[depth] = len(found)
+            found.append([depth, 0])
+        found[last[depth]][1] += 1
+    return found
+
+
+def kernel_cycles(folder, kind, size, plan):
+    """Of all strips and directions of 8 pictures and 128 channels.
+
+    In a program there are loops over lines and one over directions, in which is one
+    over pieces, the largest; for one direction the compiler may drop the outer one.
+    """
     files = Path(folder).glob(f"*four_scans_{kind}*final_bundles.txt")
-    newest = max((f for f in files if "schedule" not in f.name), key=os.path.getmtime)
-    depths = re.findall(
-        r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2}:)?\s*:?\s*(>*)\s*\{",
-        newest.read_text(),
-        re.M,
-    )
-    return [sum(len(d) == depth for d in depths) for depth in range(4)]
-
-
-def kernel_cycles(folder, kind, size):
-    """Of one program: a loop over programs, in it over lines, in it over pixels."""
-    _, program, line, pixel = bundles(folder, kind)
-    unroll = max(u for u in range(1, 9) if size % u == 0)
-    return program + size * line + size * (size // unroll) * pixel
+    texts = [f.read_text() for f in files if "schedule" not in f.name]
+    assert len(texts) == len(plan), f"{len(texts)} kernels for {len(plan)} calls"
+    total = 0
+    for text in texts:
+        call = plan[0]  # of a square map all are alike
+        ways = sum(map(len, call.ways))
+        (_, program), *inner = loops(text)
+        pieces = max(count for _, count in inner)
+        total += -(-size // call.lines) * program
+        for (depth, count), (following, _) in pairwise([*inner, (0, 0)]):
+            if count == pieces:
+                times = ways * size * size // call.pieces[0]
+            else:
+                times = ways if following > depth else size
+            total += times * count
+    return total
 
 
 def main():
@@ -43,6 +67,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:2x2")
     parser.add_argument("--batch", type=int, default=128, help="pictures a chip")
+    parser.add_argument("--image", type=int, default=224, help="pixels a side")
     parser.add_argument("--out", help="JSON file for the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,39 +76,58 @@ def main():
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         )
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        rows = measure(args.topology, args.batch, folder)
+        rows = measure(args.topology, args.batch, args.image, folder)
     if args.out:
         Path(args.out).write_text(json.dumps(vars(args) | {"rows": rows}, indent=1))
 
 
-def measure(topology, batch, folder):
+def measure(topology, batch, image, folder):
     """A row for each stage."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
     from sparx_jax import chips
-    from sparx_jax.ops import ss2d
+    from sparx_jax.ops import mosaic_tpu
 
     devices, _ = chips.find_devices(topology)
     given = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(devices[0]))
+    vmem = mosaic_tpu.VMEM[devices[0].device_kind]
 
     @jax.jit
     def gradient(grad, *operands):
-        y, vjp = jax.vjp(partial(ss2d, method="mosaic_tpu"), *operands)
+        y, vjp = jax.vjp(partial(mosaic_tpu.four_scans, vmem=vmem), *operands)
         return y, vjp(grad)
 
     rows = []
-    print("| stage of T | forward | backward |\n|---|---|---|")
-    for size, dim, rank in STAGES:
-        x = given((batch, size, size, dim), jnp.bfloat16)
-        shapes = (4, dim, rank + 2), (4, rank, dim), (4, dim), (4, dim, 1), (4, dim)
-        weights = (given(shape, jnp.float32) for shape in shapes)
-        gradient.lower(x, x, *weights).compile()
-        row = {"stage": f"{size} x {size} x {dim}"}
+    print(
+        "| stage of T | strips | forward | backward | compiled in |\n"
+        + "|---" * 5
+        + "|"
+    )
+    for stage, (dim, rank) in enumerate(STAGES):
+        size = image // 4 // 2**stage
+        e = 4 * (rank + 2)
+        plan = mosaic_tpu.calls(size, size, e, 1, jnp.dtype("bfloat16"), vmem)
+        x, p = (given((batch, size, size, c), jnp.bfloat16) for c in (dim, e))
+        shapes = (4, rank, dim), (4, dim), (4, dim, 1), (4, dim)
+        weights = [given(shape, jnp.float32) for shape in shapes]
+        for file in Path(folder).iterdir():
+            file.unlink()
+        start = time.perf_counter()
+        gradient.lower(x, x, p, *weights).compile()
+        row = {
+            "stage": f"{size} x {size} x {dim}",
+            "strips": -(-size // plan[0].lines),
+            "seconds": time.perf_counter() - start,
+        }
         for kind in ("forward", "backward"):
-            row[kind] = kernel_cycles(folder, kind, size) / (4 * size * size)
-        print("| {stage} | {forward:.1f} | {backward:.1f} |".format(**row), flush=True)
+            cycles = kernel_cycles(folder, kind, size, plan)
+            row[kind] = cycles / (4 * size * size)
+        line = (
+            "| {stage} | {strips} | {forward:.1f} | {backward:.1f} | {seconds:.0f} s |"
+        )
+        print(line.format(**row), flush=True)
         rows.append(row)
     return rows
 

@@ -1,17 +1,22 @@
-"""The four selective scans of a map as one TPU kernel each way, by Pallas and Mosaic.
+"""The four selective scans of a map as TPU kernels, by Pallas and Mosaic.
 
 One program has the map of 8 pictures and 128 channels in VMEM, a vector register a
 pixel, and walks over it four times: rows and columns are loop orders, backwards is an
 index.  Step sizes, B and C are made where they are used, by one product of the matrix
-unit for a row of pixels: its columns of ones copy B and C to all 128 lanes.  Only `x`,
-the projections `p` and the sum of the four outputs pass through HBM.  The gradient
-keeps nothing but these inputs: it walks each direction forwards to have the state at
-the start of each row, then backwards row by row.
+unit for some pixels: its columns of ones copy B and C to all 128 lanes.  Only `x`, the
+projections `p` and the sum of the four outputs pass through HBM.  The gradient keeps
+these inputs and one state for each piece of a line, with which it walks each direction
+once, against its order.
+
+Where a map has no room each direction is a call of the same kernel.  Its programs have
+a strip of whole lines each and hand their states on in the order of the walk; the sums
+over directions pass from call to call through HBM in float32.
 """
 
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +41,14 @@ VMEM = {
 }
 # The share of it that the blocks may take: the compiler needs some too.
 USABLE = 0.85
+# At most as many steps of one state are straight code: more of them hide more of the
+# scan's latency, and take longer to compile.
+PIECE = 56
 
-# Cycles of a register of pixels in one direction, and those of each line of pixels, by
-# which the compiler's schedules for v5e differ at 7, 14, 28 and 56 pixels a line
+# Cycles of a register of pixels in one direction, and those of each line of pixels,
+# within 7 % of the compiler's schedules for v5e at 7, 14, 28 and 56 pixels a line
 # (`python -m benchmarks.tpu_kernel`).
-CYCLES = {"forward": (15.7, 101.0), "backward": (43.0, 295.0)}
+CYCLES = {"forward": (15.7, 57.0), "backward": (35.5, 115.0)}
 
 
 def static_cycles(program: str) -> float:
@@ -48,14 +56,14 @@ def static_cycles(program: str) -> float:
 
     Waiting for memory is not in it.
     """
-    pattern = r"%four_scans_(\w+?)[.\d]* = \(?\w+\[(\d+),(\d+),(\d+),(\d+)\]"
+    pattern = r"%(one_of_)?four_scans_(\w+?)[.\d]* = \(\w+\[(\d+),(\d+),(\d+),(\d+)\]"
     total = 0.0
-    for kind, *sizes in re.findall(pattern, program):
+    for one, kind, *sizes in re.findall(pattern, program):
         height, width, batch, dim = map(int, sizes)
         each, line = CYCLES[kind]
         blocks = -(-batch // SUBLANES) * -(-dim // LANES)
         pixels, lines = 4 * height * width, 2 * (height + width)
-        total += blocks * (pixels * each + lines * line)
+        total += blocks * (pixels * each + lines * line) / (4 if one else 1)
     return total
 
 
@@ -64,24 +72,74 @@ def target_vmem() -> int:
     return VMEM.get(target_kind(), 0)
 
 
-def fits(height: int, width: int, e: int, n: int, dtype: jnp.dtype, vmem: int) -> bool:
-    """Whether maps of this size, with e numbers a pixel in `p`, have room."""
-    return _buffers((height, width), e, n, dtype, vmem, gradient=True) > 0
+def _piece(lines, length, states):
+    """Pixels of straight code: of one line, or of several whole ones."""
+    most = max(8, PIECE // states)
+    return max(
+        i
+        for i in range(1, most + 1)
+        if length % i == 0 or (i % length == 0 and lines * length % i == 0)
+    )
 
 
-def _buffers(size, e, n, dtype, vmem, gradient):
-    """How many blocks of an operand fit: 2 to load one while the other is used, or 1.
+class Call(NamedTuple):
+    """What one call of a kernel walks."""
 
-    0 if not even that.
+    ways: tuple[range, ...]
+    """Directions, those of one range along lines of the same length."""
+    pieces: tuple[int, ...]
+    """For each range the pixels whose steps are straight code."""
+    lines: int
+    """Rows of a strip or, if the first direction is along columns, columns."""
+    buffers: int
+    """Of an operand: 2 to load one block while the other is used, or 1."""
+    vmem: int
+    """MiB of it."""
+
+
+def calls(
+    height: int, width: int, e: int, n: int, dtype: jnp.dtype, vmem: int
+) -> tuple[Call, ...]:
+    """One for a whole map, with e numbers a pixel in `p`, or one each way for strips.
+
+    None at all if not even one line has room.
     """
-    pixel = SUBLANES * LANES  # numbers, padded to registers
-    area, width, length = size[0] * size[1], jnp.dtype(dtype).itemsize, max(size)
-    maps, tokens = area * pixel * width, area * SUBLANES * -(-e // LANES) * LANES
-    lines = (20 + 12 * n) * length * pixel * 4
-    once = area * pixel * 4 + 2 * maps + lines + (2 * tokens * 4 if gradient else 0)
-    each = maps * (2 if gradient else 1) + tokens * width
-    free = vmem * 2**20 * USABLE - once
-    return int(min(2, max(0, free // each)))
+    f32, own = (SUBLANES * LANES * size for size in (4, jnp.dtype(dtype).itemsize))
+    tokens = -(-e // LANES)
+    sizes = (height, width), (width, height)
+
+    def room(ways, piece):
+        """Bytes for the blocks, and those of one pixel: operands, and all others.
+
+        Of the gradient, which needs more than the forward pass.
+        """
+        temporaries = (4 + 8 * n) * max(8, PIECE // n) * f32
+        weights = ways * e * ((1 + 2 * n) * own + f32) // SUBLANES
+        states = ways * n * f32 / piece
+        others = f32 + 2 * (own + tokens * f32 + states)
+        free = vmem * 2**20 * USABLE - temporaries - 2 * weights
+        return free, (2 + tokens) * own, others
+
+    square = height == width
+    ways = (range(4),) if square else (range(0, 4, 2), range(1, 4, 2))
+    pieces = tuple(_piece(*sizes[way.start], n) for way in ways)
+    free, operands, others = room(4, min(pieces))
+    buffers = int(min(2, (free / (height * width) - others) // operands))
+    if buffers > 0:
+        return (Call(ways, pieces, height, buffers, vmem),)
+    result = []
+    for way in range(4):
+        lines, length = sizes[way % 2]
+        piece = _piece(1, length, n)
+        free, operands, others = room(1, piece)
+        # All sums are in float32, and those before are operands.
+        pixel = 2 * operands + others + 2 * (f32 - own) + 2 * (1 + tokens) * f32
+        most = int(free / (length * pixel))
+        if most < 1:
+            return ()
+        strip = pl.cdiv(lines, pl.cdiv(lines, most))
+        result.append(Call((range(way, way + 1),), (piece,), strip, 2, vmem))
+    return tuple(result)
 
 
 def four_scans(
@@ -102,7 +160,8 @@ def four_scans(
     Raises ValueError if the maps do not fit `vmem` MiB.
     """
     (_, *size, dim), (r, n) = x.shape, (dt_proj.shape[1], a.shape[-1])
-    if not fits(*size, p.shape[-1], n, x.dtype, vmem):
+    plan = calls(*size, p.shape[-1], n, x.dtype, vmem)
+    if not plan:
         raise ValueError(
             f"the scan method mosaic_tpu needs more than {vmem} MiB of VMEM for maps "
             f"of {size[0]} x {size[1]} in {x.dtype}: use associative."
@@ -117,7 +176,7 @@ def four_scans(
         missing = (0, -len(x) % SUBLANES)
         whole = [jnp.pad(t, (missing, *[(0, 0)] * 3)) if missing[1] else t
                  for t in (x, p)]  # fmt: skip
-        y = _scans(vmem, *(t.transpose(1, 2, 0, 3) for t in whole), *weights)
+        y = _scans(plan, *(t.transpose(1, 2, 0, 3) for t in whole), *weights)
         return y.transpose(2, 0, 1, 3)[: len(x)]
 
     weights = w, *(jnp.float32(t) for t in (dt_bias, jnp.swapaxes(a, 1, 2), d))
@@ -126,26 +185,29 @@ def four_scans(
 
 # x, p: height width batch channels; w: 4 e d; bias, d: 4 d; a: 4 n d.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scans(vmem, *operands):
-    return _on_tpu_or_interpreted(_forward, vmem, *operands)
+def _scans(plan, *operands):
+    return _scans_forward(plan, *operands)[0]
 
 
-def _scans_forward(vmem, *operands):
-    return _scans(vmem, *operands), operands
+def _scans_forward(plan, *operands):
+    y, starts = _on_tpu_or_interpreted(_forward, plan, operands)
+    return y, (operands, starts)
 
 
-def _scans_backward(vmem, operands, grad):
-    grads = _on_tpu_or_interpreted(_backward, vmem, *operands, grad)
-    return tuple(g.astype(o.dtype) for g, o in zip(grads, operands, strict=True))
+def _scans_backward(plan, residuals, grad):
+    grads = _on_tpu_or_interpreted(_backward, plan, *residuals, grad)
+    return tuple(g.astype(o.dtype) for g, o in zip(grads, residuals[0], strict=True))
 
 
 _scans.defvjp(_scans_forward, _scans_backward)
 
 
-def _on_tpu_or_interpreted(call, vmem, *args):
-    call = partial(call, vmem=vmem)
+def _on_tpu_or_interpreted(function, plan, *args):
+    function = partial(function, plan)
     return lax.platform_dependent(
-        *args, tpu=partial(call, interpret=False), default=partial(call, interpret=True)
+        *args,
+        tpu=partial(function, interpret=False),
+        default=partial(function, interpret=True),
     )
 
 
@@ -171,317 +233,358 @@ def _filled(array):
     return jnp.pad(array, pad)
 
 
-class _Map:
-    """A block of a map in float32, zero beyond the last channel."""
-
-    def __init__(self, ref, dim):
-        self.shape, self._ref, self._partial = ref.shape, ref, dim % LANES
-        self._channels = dim - LANES * pl.program_id(1)
-
-    def __getitem__(self, at):
-        part = self._ref[at].astype(jnp.float32)
-        if not self._partial:
-            return part
-        lane = lax.broadcasted_iota(jnp.int32, part.shape, part.ndim - 1)
-        return jnp.where(lane < self._channels, part, 0.0)
-
-
 class _Walk:
-    """One of the four directions over the blocks of one program."""
+    """Directions of the same length of lines, one after the other, over one block.
 
-    def __init__(self, k, x, p, w, bias, a, unroll):
-        self.k, self.by_column, self.backwards = k, k % 2 == 1, k >= 2
-        height, width = x.shape[:2]
-        lines = (width, height) if self.by_column else (height, width)
-        self.lines, self.length = lines
-        self.states, self._unroll = a.shape[1], unroll
-        self._x, self._p, self._w, self._bias, self._a = x, p, w, bias, a
-        exact = lax.Precision.HIGHEST if p.dtype == jnp.float32 else None
-        self._dot = partial(
-            lax.dot_general, precision=exact, preferred_element_type=jnp.float32
+    A line is walked in pieces, each so short that all its steps are straight code,
+    which the compiler has run beside the arithmetic of other pixels.
+    """
+
+    def __init__(self, ways, piece, first, size, strip, dim, x, p, w, bias, a):
+        self._ways, self.piece, self._first = ways, piece, first
+        self._weights = w, bias, a
+        self.column, self.states = ways.start % 2, a.shape[1]
+        self.lines, self.length = x.shape[1::-1] if self.column else x.shape[:2]
+        # The last strip may have fewer.
+        self.count = jnp.minimum(self.lines, size[self.column] - strip * self.lines)
+        self._x, self._p, self._dtype = x, p, p.dtype
+        # Here, because the interpreter has no `program_id` in loops.
+        self._first_strip, self._block = pl.program_id(1) == 0, pl.program_id(2)
+        self._channels, self._partial = dim - LANES * self._block, dim % LANES
+
+    def dot(self, left, right, axes):
+        return lax.dot_general(
+            left.astype(self._dtype),
+            right.astype(self._dtype),
+            (axes, ((), ())),
+            precision=lax.Precision.HIGHEST if self._dtype == jnp.float32 else None,
+            preferred_element_type=jnp.float32,
         )
 
-    def line(self, step):
-        """The row or column that is walked as the `step`-th."""
-        return self.lines - 1 - step if self.backwards else step
+    def for_lines(self, function: Callable):
+        """Calls it with the index of every line of the block."""
 
-    def pixel(self, step):
-        """The same for the pixels of a line."""
-        return self.length - 1 - step if self.backwards else step
+        def call(line, _):
+            function((slice(None), line) if self.column else (line,))
 
-    def at(self, line, pixel=slice(None)):
-        """The index of a map."""
-        return (pixel, line) if self.by_column else (line, pixel)
+        lax.fori_loop(0, self.count, call, None)
 
-    def read(self, ref, line):
-        """A line of a map, pixels and pictures as one axis."""
-        part = ref[self.at(line)]
-        return part.reshape(-1, part.shape[-1])
+    def for_pieces(self, function: Callable, carry, *, gradient=False):
+        """Walks every direction; `carry` has the states of all blocks of channels.
 
-    def operands(self, line):
-        """All that the steps of a line need: pixels * pictures, 128 channels each."""
-        u = self.read(self._x, line)
-        p = self.read(self._p, line)
-        mixed = self._dot(p, self._w[self.k], (((1,), (0,)), ((), ())))
+        Args:
+          function: of the direction's number in this call, that of the piece in walking
+            order, the places of its pixels, and the states; returns new states.
+          carry: from one strip to the next.
+          gradient: against the walking order.
+        """
+        steps = lax.div(self.count * self.length, self.piece)
+
+        def way(i, _):
+            k = self._ways.start + i * self._ways.step
+
+            def step(i, h):
+                i = steps - 1 - i if gradient else i
+                at = self._places(k, i * self.piece)
+                return function(k - self._first, i, at, h)
+
+            start = tuple(
+                jnp.where(self._first_strip, 0.0, carry[self._block, n])
+                for n in range(self.states)
+            )
+            for n, h in enumerate(lax.fori_loop(0, steps, step, start)):
+                carry[self._block, n] = h
+
+        lax.fori_loop(0, len(self._ways), way, None)
+
+    def _places(self, k, pixel):
+        """Row and column of those of the piece that begins there in walking order."""
+        backwards, column = k >= 2, lax.rem(k, 2) == 1
+        line, pixel = lax.div(pixel, self.length), lax.rem(pixel, self.length)
+        line = jnp.where(backwards, self.count - 1 - line, line)
+        pixel = jnp.where(backwards, self.length - 1 - pixel, pixel)
+        start = jnp.where(column, pixel, line), jnp.where(column, line, pixel)
+        one = jnp.where(backwards, -1, 1)
+        down, right = jnp.where(column, one, 0), jnp.where(column, 0, one)
+        steps = (divmod(i, self.length) for i in range(self.piece))
+        return [
+            (start[0] + i * right + j * down, start[1] + i * down + j * right)
+            for i, j in steps
+        ]
+
+    def read(self, ref, at):
+        """Pixels of a block in float32, pixels and pictures as one axis."""
+        return jnp.concatenate([ref[i].astype(jnp.float32) for i in at])
+
+    def read_map(self, ref, at):
+        """The same, zero beyond the last channel."""
+        part = self.read(ref, at)
+        if not self._partial:
+            return part
+        lane = lax.broadcasted_iota(jnp.int32, part.shape, 1)
+        return jnp.where(lane < self._channels, part, 0.0)
+
+    def operands(self, k, at):
+        """All that the steps of a piece need: pixels * pictures, 128 channels each."""
+        w, bias, a = self._weights
+        u, p = self.read_map(self._x, at), self.read(self._p, at)
+        mixed = self.dot(p, w[k], ((1,), (0,)))
         columns = [
             mixed[:, i * LANES : (i + 1) * LANES] for i in range(1 + 2 * self.states)
         ]
-        delta, sigmoid = softplus_and_sigmoid(columns[0] + self._bias[self.k][None])
-        a = [self._a[self.k, n][None] for n in range(self.states)]
+        delta, sigmoid = softplus_and_sigmoid(columns[0] + bias[k])
+        a = [a[k, n][None] for n in range(self.states)]
         decay = [jnp.exp(delta * a_n) for a_n in a]
         b, c = columns[1 : 1 + self.states], columns[1 + self.states :]
         drive = [delta * u * b_n for b_n in b]
-        return u, delta, sigmoid, a, b, c, decay, drive
+        return u, p, delta, sigmoid, a, b, c, decay, drive
 
-    def put(self, scratch, arrays):
-        """Into scratch of n, pixels, pictures, channels."""
-        for n, array in enumerate(arrays):
-            scratch[n, : self.length] = array.reshape(self.length, SUBLANES, LANES)
-
-    def get(self, scratch, n):
-        return scratch[n, : self.length].reshape(-1, LANES)
-
-    def for_lines(self, function: Callable, carry):
-        return lax.fori_loop(0, self.lines, function, carry)
-
-    def for_pixels(self, function: Callable, carry):
-        times = max(u for u in range(1, self._unroll + 1) if self.length % u == 0)
-        return lax.fori_loop(0, self.length, function, carry, unroll=times)
-
-    def zero_states(self):
-        return (jnp.zeros((SUBLANES, LANES), jnp.float32),) * self.states
+    def each(self, array):
+        """That of each pixel."""
+        return jnp.split(array, self.piece)
 
 
-def _forward_kernel(x, p, w, bias, a, d, y, total, decay, drive, c, *, dim, unroll):
-    x, skip = _Map(x, dim), d[...].sum(0)[None]
+def _forward_kernel(walks, first, x, p, w, bias, a, d, *refs):
+    *before, y, starts, total, carry = refs
+    walks, skip = walks(x, p, w, bias, a), d[...].sum(0)[None]
 
-    def start(line, _):
-        total[line] = x[line] * skip
+    def start(line):
+        if first:
+            total[line] = x[line].astype(jnp.float32) * skip
+        else:
+            total[line] = before[0][line]
 
-    lax.fori_loop(0, x.shape[0], start, None)
-    for k in range(4):
-        walk = _Walk(k, x, p, w, bias, a, unroll)
+    walks[0].for_lines(start)
+    for walk in walks:
 
-        def walk_line(step, h, walk=walk):
-            line = walk.line(step)
-            *_, c_n, decay_n, drive_n = walk.operands(line)
-            for scratch, arrays in ((decay, decay_n), (drive, drive_n), (c, c_n)):
-                walk.put(scratch, arrays)
+        def piece(k, i, at, h, walk=walk):
+            for n, h_n in enumerate(h):
+                starts[k, i, n] = h_n
+            *_, c, decay, drive = walk.operands(k, at)
+            parts = [[walk.each(t) for t in ts] for ts in (c, decay, drive)]
+            for j, place in enumerate(at):
+                h, out = list(h), total[place]
+                for n, (c, decay, drive) in enumerate(zip(*parts, strict=True)):
+                    h[n] = decay[j] * h[n] + drive[j]
+                    out += c[j] * h[n]
+                total[place] = out
+            return tuple(h)
 
-            def step_pixel(step, h):
-                i = walk.pixel(step)
-                at, new = walk.at(line, i), []
-                out = total[at]
-                for n, h_n in enumerate(h):
-                    h_n = decay[n, i] * h_n + drive[n, i]
-                    out += c[n, i] * h_n
-                    new.append(h_n)
-                total[at] = out
-                return tuple(new)
+        walk.for_pieces(piece, carry)
 
-            return walk.for_pixels(step_pixel, h)
-
-        walk.for_lines(walk_line, walk.zero_states())
-
-    def finish(line, _):
+    def finish(line):
         y[line] = total[line].astype(y.dtype)
 
-    lax.fori_loop(0, x.shape[0], finish, None)
+    walks[0].for_lines(finish)
 
 
-def _backward_kernel(
-    x, p, w, bias, a, d, grad,
-    grad_x, grad_p, grad_w, sums,
-    total, starts, before, later, decay, drive,
-    *, dim, unroll,
-):  # fmt: skip
-    x, grad, skip = _Map(x, dim), _Map(grad, dim), d[...].sum(0)[None]
-    height = x.shape[0]
+def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
+    *before, grad_x, grad_p, grad_w, sums, total, carry = refs
+    walks, skip = walks(x, p, w, bias, a), d[...].sum(0)[None]
     sums[...] = jnp.zeros(sums.shape, jnp.float32)
     grad_w[...] = jnp.zeros(grad_w.shape, jnp.float32)
 
-    def start(line, grad_d):
-        total[line] = grad[line] * skip
-        return grad_d + (grad[line] * x[line]).sum(0)
+    def start(line):
+        if first:
+            g = grad[line].astype(jnp.float32)
+            total[line] = g * skip
+            sums[0, -1] += (g * x[line].astype(jnp.float32)).sum(0)
+        else:
+            total[line] = before[0][line]
 
-    zero = jnp.zeros((SUBLANES, LANES), jnp.float32)
-    sums[0, -1] = lax.fori_loop(0, height, start, zero)
+    walks[0].for_lines(start)
 
-    @pl.when(pl.program_id(1) == 0)  # all channels add to the gradient of p
+    @pl.when(pl.program_id(2) == 0)  # all channels add to the gradient of p
     def _():
-        def clear(line, _):
-            grad_p[line] = jnp.zeros(grad_p.shape[1:], grad_p.dtype)
+        def start(line):
+            if first:
+                grad_p[line] = jnp.zeros(grad_p[line].shape, jnp.float32)
+            else:
+                grad_p[line] = before[1][line]
 
-        lax.fori_loop(0, height, clear, None)
+        walks[0].for_lines(start)
 
-    for k in range(4):
-        walk = _Walk(k, x, p, w, bias, a, unroll)
+    for walk in walks:
 
-        def there(step, h, walk=walk):
-            *_, decay_n, drive_n = walk.operands(walk.line(step))
-            walk.put(decay, decay_n)
-            walk.put(drive, drive_n)
-            for n, h_n in enumerate(h):
-                starts[n, step] = h_n
-
-            def step_pixel(step, h):
-                i = walk.pixel(step)
-                return tuple(decay[n, i] * h_n + drive[n, i] for n, h_n in enumerate(h))
-
-            return walk.for_pixels(step_pixel, h)
-
-        def back(step, carry, walk=walk, k=k):
-            step = walk.lines - 1 - step
-            line = walk.line(step)
-            u, delta, sigmoid, a_n, b_n, c_n, decay_n, drive_n = walk.operands(line)
-            g = walk.read(grad, line)
-            walk.put(decay, decay_n)
-            walk.put(drive, drive_n)
-            walk.put(later, [g * c for c in c_n])
-
-            def step_pixel(step, carry):
-                """States one way and, independently, their gradients the other."""
-                i, j = walk.pixel(step), walk.pixel(walk.length - 1 - step)
-                new, states = [], range(walk.states)
-                for n, h in zip(states, carry[0], strict=True):
-                    before[n, i] = h
-                    new.append(decay[n, i] * h + drive[n, i])
-                new_grads = []
-                for n, grad_h in zip(states, carry[1], strict=True):
-                    grad_h += later[n, j]
-                    later[n, j] = grad_h
-                    new_grads.append(decay[n, j] * grad_h)
-                return tuple(new), tuple(new_grads)
-
-            h = tuple(starts[n, step] for n in range(walk.states))
-            _, carry = walk.for_pixels(step_pixel, (h, carry))
+        def piece(k, i, at, grad_h, walk=walk):
+            u, p, delta, sigmoid, a, b, c, decay, drive = walk.operands(k, at)
+            g = walk.read_map(grad, at)
+            place, columns = k * (1 + walk.states), []
+            grad_delta, grad_u, grad_b, grad_c, carried = 0.0, 0.0, [], [], []
 
             def add(place, array):
-                parts = array.reshape(walk.length, SUBLANES, LANES)
-                sums[0, place] += parts.sum(0)
+                sums[0, place] += sum(walk.each(array))
 
-            place = k * (1 + walk.states)
-            grad_delta, grad_u, grad_b, grad_c = 0.0, 0.0, [], []
             for n in range(walk.states):
-                grad_h, h = walk.get(later, n), walk.get(before, n)
-                decayed = decay_n[n] * h
-                grad_log = grad_h * decayed
-                grad_drive = grad_h * b_n[n]
-                grad_delta += grad_log * a_n[n] + grad_drive * u
+                h, gh, later = starts[k, i, n], grad_h[n], walk.each(g * c[n])
+                decays, drives = walk.each(decay[n]), walk.each(drive[n])
+                hs, ghs = [], []
+                for j in range(walk.piece):
+                    hs.append(h)
+                    h = decays[j] * h + drives[j]
+                for j in reversed(range(walk.piece)):
+                    gh += later[j]
+                    ghs.append(gh)
+                    gh *= decays[j]
+                carried.append(gh)
+                h, gh = jnp.concatenate(hs), jnp.concatenate(ghs[::-1])
+                decayed = decay[n] * h
+                grad_log = gh * decayed
+                grad_drive = gh * b[n]
+                grad_delta += grad_log * a[n] + grad_drive * u
                 grad_u += grad_drive * delta
-                grad_b.append(grad_h * delta * u)
-                grad_c.append(g * (decayed + drive_n[n]))
+                grad_b.append(gh * delta * u)
+                grad_c.append(g * (decayed + drive[n]))
                 add(place + 1 + n, grad_log * delta)
             grad_dt = grad_delta * sigmoid
             add(place, grad_dt)
-            at = walk.at(line)
-            total[at] += grad_u.reshape(walk.length, SUBLANES, LANES)
             # The transposed product sums the gradients of B and C over the lanes.
-            columns = jnp.concatenate([grad_dt, *grad_b, *grad_c], 1).astype(p.dtype)
-            part = walk._dot(columns, w[k], (((1,), (1,)), ((), ())))
-            grad_p[at] += part.reshape(walk.length, SUBLANES, -1)
-            rows = walk.read(p, line)
-            grad_w[0, k] += walk._dot(
-                rows, grad_dt.astype(p.dtype), (((0,), (0,)), ((), ()))
-            )
-            return carry
+            columns = jnp.concatenate([grad_dt, *grad_b, *grad_c], 1)
+            part = walk.dot(columns, w[k], ((1,), (1,)))
+            for j, one, other in zip(
+                at, walk.each(grad_u), walk.each(part), strict=True
+            ):
+                total[j] += one
+                grad_p[j] += other
+            grad_w[0, k] += walk.dot(p, grad_dt, ((0,), (0,)))
+            return tuple(carried)
 
-        walk.for_lines(there, walk.zero_states())
-        walk.for_lines(back, walk.zero_states())
+        walk.for_pieces(piece, carry, gradient=True)
 
-    def finish(line, _):
+    def finish(line):
         grad_x[line] = total[line].astype(grad_x.dtype)
 
-    lax.fori_loop(0, height, finish, None)
+    walks[0].for_lines(finish)
 
 
-def _call(kernel, vmem, interpret, x, p, w, bias, a, d, *grad, outputs, lines):
-    """Runs `kernel` for every 8 pictures and 128 channels.
+def _call(kernel, call, interpret, operands, given=(), before=()):
+    """Runs a kernel for every 8 pictures, strip, and 128 channels.
 
     Args:
-      kernel: of the operands, outputs, scratch of a map, and `lines` for the states of
-        a row or column.
-      outputs: from the block specs of a map and of `p` to specs and shapes.
+      kernel: of its walks, the operands, given, before, results, and scratch.
+      call: what to walk.
+      interpret: instead of compiling.
+      operands: x, p, and the weights of all directions.
+      given: to the gradient: states from the forward pass, and the gradient of y.
+      before: the sums of the calls before, to which this one adds.
     """
-    (height, width, batch, dim), e, n = x.shape, p.shape[-1], a.shape[1]
-    buffers = _buffers((height, width), e, n, x.dtype, vmem, bool(grad))
+    x, p, w, bias, a, d = operands
+    (*size, batch, dim), e, n = x.shape, p.shape[-1], a.shape[1]
+    first, number = call.ways[0].start, sum(map(len, call.ways))
+    column, last = first % 2, first + number == 4
+    shape = (size[0], call.lines) if column else (call.lines, size[1])
+    parts, strips = batch // SUBLANES, pl.cdiv(size[column], call.lines)
+    blocks = pl.cdiv(dim, LANES)
+    pieces = shape[0] * shape[1] // min(call.pieces)
 
-    def block(*shape, **options):
-        return pl.BlockSpec((height, width, SUBLANES, *shape), **options)
+    def strip(s):
+        return strips - 1 - s if (first >= 2) != bool(given) else s
 
-    def maps(**options):
-        return block(LANES, index_map=lambda b, c: (0, 0, b, c), **options)
+    def walks(*refs):
+        s = strip(pl.program_id(1))
+        walked = zip(call.ways, call.pieces, strict=True)
+        return [_Walk(*way, first, size, s, dim, *refs) for way in walked]
 
-    def tokens(**options):
-        return block(e, index_map=lambda b, c: (0, 0, b, 0), **options)
+    def pixels(last, channel, **options):
+        def index(b, s, c):
+            return *((0, strip(s)) if column else (strip(s), 0)), b, channel(c)
 
-    one = dict(pipeline_mode=pl.Buffered(1)) if buffers == 1 else {}
-    specs, shapes = outputs(maps(), tokens())
+        return pl.BlockSpec((*shape, SUBLANES, last), index, **options)
+
+    maps = partial(pixels, LANES, lambda c: c)
+    tokens = partial(pixels, e, lambda c: 0)
+    states = pl.BlockSpec(
+        (number, pieces, n, SUBLANES, LANES), lambda b, s, c: (0, strip(s), 0, b, c)
+    )
+
+    def weights(*shape):
+        return pl.BlockSpec((*shape, LANES), lambda b, s, c: (*[0 for _ in shape], c))
+
+    def sums(*shape):
+        return (
+            jax.ShapeDtypeStruct((parts * strips, *shape, dim), jnp.float32),
+            pl.BlockSpec((1, *shape, LANES), lambda b, s, c: (b * strips + s, 0, 0, c)),
+        )
+
+    total = jax.ShapeDtypeStruct(x.shape, x.dtype if last else jnp.float32), maps()
+    if given:
+        tokens_total = jax.ShapeDtypeStruct(p.shape, jnp.float32), tokens()
+        rows = number * (1 + n) + 1
+        results = total, tokens_total, sums(number, e), sums(rows, SUBLANES)
+    else:
+        shape_of_states = number, strips * pieces, n, batch, blocks * LANES
+        results = total, (jax.ShapeDtypeStruct(shape_of_states, jnp.float32), states)
+    once = dict(pipeline_mode=pl.Buffered(1)) if call.buffers == 1 else {}
     return pl.pallas_call(
-        # Unrolled, a program takes long to compile where it is interpreted.
-        partial(kernel, dim=dim, unroll=1 if interpret else 8),
-        grid=(batch // SUBLANES, pl.cdiv(dim, LANES)),
+        partial(kernel, walks, not before),
+        grid=(parts, strips, blocks),
         in_specs=[
-            maps(**one),
-            tokens(**one),
-            pl.BlockSpec((4, e, (1 + 2 * n) * LANES), lambda b, c: (0, 0, c)),
-            pl.BlockSpec((4, LANES), lambda b, c: (0, c)),
-            pl.BlockSpec((4, n, LANES), lambda b, c: (0, 0, c)),
-            pl.BlockSpec((4, LANES), lambda b, c: (0, c)),
-            *[maps(**one) for _ in grad],
+            maps(**once),
+            tokens(**once),
+            pl.BlockSpec((number, e, (1 + 2 * n) * LANES), lambda b, s, c: (0, 0, c)),
+            weights(number, 1),
+            weights(number, n),
+            weights(4),
+            *((states, maps(**once)) if given else ()),
+            *[spec for _, spec in results[: len(before)]],
         ],
-        out_specs=specs,
-        out_shape=shapes,
+        out_specs=[spec for _, spec in results],
+        out_shape=[shape for shape, _ in results],
+        # The sums of this call take the places of those before.
+        input_output_aliases={
+            6 + len(given) + i: i
+            for i, sum_before in enumerate(before)
+            if sum_before.dtype == results[i][0].dtype
+        },
         scratch_shapes=[
-            pltpu.VMEM((height, width, SUBLANES, LANES), jnp.float32),
-            *[pltpu.VMEM((n, max(height, width), SUBLANES, LANES), jnp.float32)]
-            * lines,
+            pltpu.VMEM((*shape, SUBLANES, LANES), jnp.float32),
+            pltpu.VMEM((blocks, n, SUBLANES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem * 2**20 * 15 // 16,
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=call.vmem * 2**20 * 15 // 16,
         ),
         interpret=interpret,
-        name=f"four_scans_{'backward' if grad else 'forward'}",
-    )(x, p, _with_copies(w, n), *map(_filled, (bias, a, d)), *grad)
+        name=f"{'four_scans' if number == 4 else 'one_of_four_scans'}_"
+        f"{'backward' if given else 'forward'}",
+    )(
+        x, p,
+        *(t[first : first + number] for t in (w, bias[:, None], a)), d,
+        *given, *before,
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("vmem", "interpret"))
-def _forward(x, *operands, vmem, interpret):
-    def outputs(maps, tokens):
-        del tokens
-        return maps, jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-    return _call(
-        _forward_kernel, vmem, interpret, x, *operands, outputs=outputs, lines=3
-    )
+def _whole_registers(operands):
+    """Weights for whole registers of channels."""
+    x, p, w, bias, a, d = operands
+    return x, p, _with_copies(w, a.shape[1]), *map(_filled, (bias, a, d))
 
 
-@partial(jax.jit, static_argnames=("vmem", "interpret"))
-def _backward(x, p, w, bias, a, d, grad, *, vmem, interpret):
-    (batch, dim), (e, n) = x.shape[2:], (p.shape[-1], a.shape[1])
-    parts, rows = batch // SUBLANES, 4 * (1 + n) + 1
+@partial(jax.jit, static_argnums=0, static_argnames="interpret")
+def _forward(plan, operands, *, interpret):
+    operands = _whole_registers(operands)
+    before, all_starts = (), []
+    for call in plan:
+        y, starts = _call(_forward_kernel, call, interpret, operands, (), before)
+        before = (y,)
+        all_starts.append(starts)
+    return y, tuple(all_starts)
 
-    def outputs(maps, tokens):
-        f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-        each = lambda b, c: (b, 0, 0, c)  # noqa: E731
-        return [
-            maps,
-            tokens,
-            pl.BlockSpec((1, 4, e, LANES), each),
-            pl.BlockSpec((1, rows, SUBLANES, LANES), each),
-        ], [
-            jax.ShapeDtypeStruct(x.shape, x.dtype),
-            f32(p.shape),
-            f32((parts, 4, e, dim)),
-            f32((parts, rows, SUBLANES, dim)),
-        ]
 
-    operands = x, p, w, bias, a, d, grad
-    grad_x, grad_p, grad_w, sums = _call(
-        _backward_kernel, vmem, interpret, *operands, outputs=outputs, lines=5
-    )
-    sums = sums.sum((0, 2))
-    each = sums[:-1].reshape(4, 1 + n, dim)
-    grad_d = jnp.broadcast_to(sums[-1], d.shape)
-    return grad_x, grad_p, grad_w.sum(0), each[:, 0], each[:, 1:], grad_d
+@partial(jax.jit, static_argnums=0, static_argnames="interpret")
+def _backward(plan, operands, all_starts, grad, *, interpret):
+    *_, a, d = operands
+    operands, n = _whole_registers(operands), a.shape[1]
+    before, grads_w, grads_bias, grads_a, grad_d = (), [], [], [], 0.0
+    for call, starts in zip(plan, all_starts, strict=True):
+        *before, grad_w, sums = _call(
+            _backward_kernel, call, interpret, operands, (starts, grad), before
+        )
+        sums = sums.sum((0, 2))
+        each = sums[:-1].reshape(-1, 1 + n, sums.shape[-1])
+        grads_w.append(grad_w.sum(0))
+        grads_bias.append(each[:, 0])
+        grads_a.append(each[:, 1:])
+        grad_d += sums[-1]
+    grads = map(jnp.concatenate, (grads_w, grads_bias, grads_a))
+    return *before, *grads, jnp.broadcast_to(grad_d, d.shape)

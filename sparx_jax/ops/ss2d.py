@@ -37,10 +37,11 @@ def ss2d(
       sequential   `selective_scan`'s: the oracle of the others
       associative  `selective_scan`'s: for accelerators without a kernel
       loop         line by line with a hand-written gradient: for CPUs
-      mosaic_tpu   one TPU kernel for the four scans and the step sizes
+      mosaic_tpu   TPU kernels for the four scans and the step sizes: one for a whole
+                   map, one each way where it exceeds VMEM
       triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later
       auto         the kernel of the devices that `batch_on` names, or else of the
-                   default ones; where there is none, or the maps do not fit a TPU's
+                   default ones; where there is none, or not even a line fits a TPU's
                    VMEM, loop on CPU and associative elsewhere, chosen when XLA lowers;
                    or what the environment says in SPARX_JAX_SCAN_METHOD
     Raises ValueError for others, or if mosaic_tpu does not fit.
@@ -75,7 +76,7 @@ def _kernel(x, x_proj, a) -> MapScanMethod | None:
         return "triton_gpu"
     (_, height, width, _), (k, _, e), n = x.shape, x_proj.shape, a.shape[-1]
     vmem = mosaic_tpu.target_vmem()
-    if vmem and mosaic_tpu.fits(height, width, k * e, n, x.dtype, vmem):
+    if vmem and mosaic_tpu.calls(height, width, k * e, n, x.dtype, vmem):
         return "mosaic_tpu"
     return None
 

@@ -65,6 +65,24 @@ def test_methods_equal_the_oracle(shape, dtype, method):
     assert_equal(method, operands(*shape, dtype), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape, dtype, vmem, lines",
+    [
+        ((3, 7, 5, 130, 3, 1), "float32", 4, [2, 1, 2, 1]),
+        ((9, 7, 7, 8, 2, 1), "bfloat16", 4, [2, 2, 2, 2]),
+        ((2, 3, 2, 8, 2, 16), "float32", 11, [2, 1, 2, 1]),
+    ],
+)
+def test_the_tpu_kernels_walk_maps_in_strips(shape, dtype, vmem, lines, monkeypatch):
+    """Where a map has no room; of 7 or 3 lines the last strip has one."""
+    (_, *size, _, rank, n), dtype = shape, jnp.dtype(dtype)
+    plan = mosaic_tpu.calls(*size, 4 * (rank + 2 * n), n, dtype, vmem)
+    assert [call.lines for call in plan] == lines
+    monkeypatch.setattr(mosaic_tpu, "target_vmem", lambda: vmem)
+    assert_equal("mosaic_tpu", operands(*shape, dtype), TOLERANCE[dtype.name])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1)])
 def test_the_loop_takes_maps_of_one_line(size):
     assert_equal("loop", operands(2, *size, 5, 2, 3, "float32"), TOLERANCE["float32"])
@@ -154,22 +172,27 @@ def test_auto_takes_the_kernel_of_the_devices(monkeypatch):
 def test_maps_that_do_not_fit_are_refused():
     args = operands(1, 2, 2, 4, 1, 1, "float32")
     big = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
-    big[0] = jax.ShapeDtypeStruct((1, 512, 512, 4), jnp.float32)
-    with pytest.raises(ValueError, match=r"more than 128 MiB .* 512 x 512 in float32"):
+    big[0] = jax.ShapeDtypeStruct((1, 1, 4096, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"more than 128 MiB .* 1 x 4096 in float32"):
         jax.eval_shape(partial(ss2d, method="mosaic_tpu"), *big)
 
 
-def test_only_tpus_with_room_get_the_kernel():
+def test_maps_without_room_on_a_tpu_are_walked_in_strips():
     """Of the stages of T at 224 pixels, as libtpu's compiler finds too."""
     stages = [(56, 32), (28, 56), (14, 88), (7, 136)]
 
-    def fit(chip, dtype="bfloat16"):
-        vmem = mosaic_tpu.VMEM[chip]
-        return [mosaic_tpu.fits(s, s, e, 1, jnp.dtype(dtype), vmem) for s, e in stages]
+    def strips(chip, dtype="bfloat16"):
+        plans = [
+            mosaic_tpu.calls(s, s, e, 1, jnp.dtype(dtype), mosaic_tpu.VMEM[chip])
+            for s, e in stages
+        ]
+        assert all(len(p) == (1 if p[0].lines == s else 4) for p, (s, _) in
+                   zip(plans, stages, strict=True))  # fmt: skip
+        return [-(-s // p[0].lines) for p, (s, _) in zip(plans, stages, strict=True)]
 
-    assert fit("TPU v5 lite") == fit("TPU v6 lite") == [True] * 4
-    assert fit("TPU v5") == fit("TPU v5p") == [False, True, True, True]
-    assert fit("TPU v4") == [False, False, True, True]
+    assert strips("TPU v5 lite") == strips("TPU v6 lite") == [1] * 4
+    assert strips("TPU v5") == strips("TPU v5p") == [3, 1, 1, 1]
+    assert strips("TPU v4") == [14, 4, 1, 1]
     seen = []
     batch_on(make_mesh(), lambda: seen.append(mosaic_tpu.target_vmem()))()
     assert seen == [0] and mosaic_tpu.target_vmem() == 0
@@ -181,6 +204,7 @@ def test_cycles_are_counted_for_each_register_of_each_kernel():
     program = """
   %four_scans_backward.3 = (bf16[2,5,9,130]{3,2,1,0}, f32[2,5,9,8]) custom-call(%x)
   %add.1 = f32[2,5,9,130]{3,2,1,0} add(%four_scans_backward.3, %y)
+  %one_of_four_scans_backward = (f32[2,5,9,130]{3,2,1,0}, f32[2,5]) custom-call(%x)
 """
     expected = 4 * (4 * 2 * 5 * each + 2 * (2 + 5) * line)
-    assert mosaic_tpu.static_cycles(program) == expected
+    assert mosaic_tpu.static_cycles(program) == expected * 5 / 4
