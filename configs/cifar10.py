@@ -35,5 +35,5 @@ def get_config(variant="sparx_mamba_t"):
     config.log_every_steps = 100
     config.optimizer.lr = 2e-3
     config.optimizer.warmup_epochs = 3.0
-    config.ema_decay = 0.998
+    config.ema_decay = 0.99
     return config
