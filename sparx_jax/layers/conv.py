@@ -47,8 +47,14 @@ def pointwise(
         kernel_init=init.weights,
         bias_init=init.biases,
         dtype=dtype,
+        dot_general=_dot_general,
         rngs=rngs,
     )
+
+
+def _dot_general(x, kernel, *_, **__):
+    """What `nnx.Linear` calls."""
+    return ops.matmul(x, kernel)
 
 
 class GroupedPointwise(nnx.Module):
@@ -65,7 +71,7 @@ class GroupedPointwise(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c2"]:
         kernels = self.kernel[...].astype(self.dtype)
         parts = jnp.split(x, len(kernels), -1)
-        parts = [part @ kernel for part, kernel in zip(parts, kernels, strict=True)]
+        parts = [ops.matmul(*pair) for pair in zip(parts, kernels, strict=True)]
         return jnp.concatenate(parts, -1) + self.bias[...].astype(self.dtype)
 
 

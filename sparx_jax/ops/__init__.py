@@ -3,6 +3,7 @@
 from sparx_jax.ops.batch import batch_on
 from sparx_jax.ops.depthwise import depthwise_conv
 from sparx_jax.ops.gelu import gelu
+from sparx_jax.ops.matmul import matmul
 from sparx_jax.ops.norm import batch_norm, group_norm, layer_norm, moments
 from sparx_jax.ops.scan import selective_scan
 from sparx_jax.ops.ss2d import MapScanMethod, ss2d
@@ -15,6 +16,7 @@ __all__ = [
     "gelu",
     "group_norm",
     "layer_norm",
+    "matmul",
     "moments",
     "selective_scan",
     "ss2d",

@@ -1,0 +1,51 @@
+"""The matrix product of a map's channels, against JAX's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparx_jax.ops import matmul
+
+X = np.random.default_rng(0).standard_normal((2, 5, 3, 6), np.float32)
+KERNEL = np.random.default_rng(1).standard_normal((6, 4), np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pixels", [(2, 5, 3), (30,)])
+def test_values_and_gradients_are_those_of_jax(pixels, dtype):
+    x, kernel = jnp.asarray(X.reshape(*pixels, 6), dtype), jnp.asarray(KERNEL, dtype)
+    (y, vjp), (expected, reference) = (
+        jax.vjp(function, x, kernel) for function in (matmul, jnp.matmul)
+    )
+    for got, want in zip((y, *vjp(y)), (expected, *reference(y)), strict=True):
+        assert got.dtype == want.dtype == dtype
+        limit = 2e-6 if dtype == "float32" else 1e-2
+        error = np.abs(np.asarray(got - want, np.float32)).max()
+        assert error <= limit * np.abs(np.asarray(want, np.float32)).max()
+
+
+def test_gradients_keep_the_precision_of_the_product():
+    """JAX's setting is gone when it asks for the gradient."""
+
+    def loss(x, kernel):
+        with jax.default_matmul_precision("float32"):
+            return matmul(x, kernel).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(X, KERNEL))
+    # Gradient of x and, for each platform, of the kernel.
+    assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST") >= 3
+
+
+def test_no_map_is_transposed_on_cpu():
+    x, kernel = jnp.ones((2, 8, 8, 96)), jnp.ones((96, 288))
+
+    def copies(product):
+        def gradient(x, kernel, grad):
+            # The map comes from elsewhere: a parameter would be copied in any case.
+            return jax.vjp(product, jnp.sin(x), kernel)[1](jnp.sin(grad))[1]
+
+        text = jax.jit(gradient).lower(x, kernel, product(x, kernel)).compile()
+        return text.as_text().count("f32[288,128]")
+
+    assert copies(matmul) == 0 < copies(jnp.matmul), "the case would not show it"
