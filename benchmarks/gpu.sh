@@ -1,6 +1,6 @@
 #!/bin/sh
-# Everything that a GPU is needed for, in one call.  On an H100 the peer took 90 seconds,
-# the networks five minutes, most of it compiling; the operations were not timed:
+# Everything that a GPU is needed for, in one call.  On an H200 the peer took 94 seconds,
+# the networks three minutes, most of it compiling, the operations two:
 #   sh benchmarks/gpu.sh OUT [PEER]
 # Writes tables and JSON to the folder OUT.  PEER is the folder that peer.py takes:
 # the authors' files, with PyTorch installed; it is measured first, on the same card.

@@ -25,7 +25,7 @@ PINK = "#CC79A7"  # Okabe and Ito's as well
 # only of its grouped convolutions, the dense ones are implicit_gemm.
 GROUPS = {
     "scan": ("scan",),
-    "depthwise convolution": ("conv2d", "wgrad2d"),
+    "depthwise convolution": ("depthwise", "conv2d", "wgrad2d"),
     "matrix products": ("nvjet", "cutlass", "gemm"),
     "everything else": ("",),
 }
