@@ -119,7 +119,7 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
         "peak": max(whole, memory.peak_memory_in_bytes),
         "operations": cost.get("flops", 0.0),
         "traffic": cost.get("bytes accessed", 0.0),
-        "cycles": sum(cycles) + mosaic_tpu.static_cycles(text),
+        "cycles": sum(cycles) + mosaic_tpu.static_cycles(text, devices[0].device_kind),
         "kernels": len(re.findall(_KERNELS, text)),
         "collectives": collectives(text),
         "instructions": sum(" = " in line for line in text.splitlines()),

@@ -46,21 +46,23 @@ USABLE = 0.85
 PIECE = 56
 
 # Cycles of a register of pixels in one direction, and those of each line of pixels,
-# within 7 % of the compiler's schedules for v5e at 7, 14, 28 and 56 pixels a line
-# (`python -m benchmarks.tpu_kernel`).
+# within 7 % of the compiler's schedules at 7, 14, 28 and 56 pixels a line
+# (`python -m benchmarks.tpu_kernel`).  v6e's are fewer than v5e's, v5p's the same.
 CYCLES = {"forward": (15.7, 57.0), "backward": (35.5, 115.0)}
+V4_CYCLES = {"forward": (27.5, 56.0), "backward": (58.3, 97.0)}
 
 
-def static_cycles(program: str) -> float:
+def static_cycles(program: str, device_kind: str = "") -> float:
     """Of the kernels of a compiled program, for which XLA has no estimate.
 
     Waiting for memory is not in it.
     """
     pattern = r"%(one_of_)?four_scans_(\w+?)[.\d]* = \(\w+\[(\d+),(\d+),(\d+),(\d+)\]"
+    cycles = V4_CYCLES if device_kind == "TPU v4" else CYCLES
     total = 0.0
     for one, kind, *sizes in re.findall(pattern, program):
         height, width, batch, dim = map(int, sizes)
-        each, line = CYCLES[kind]
+        each, line = cycles[kind]
         blocks = -(-batch // SUBLANES) * -(-dim // LANES)
         pixels, lines = 4 * height * width, 2 * (height + width)
         total += blocks * (pixels * each + lines * line) / (4 if one else 1)

@@ -208,3 +208,4 @@ def test_cycles_are_counted_for_each_register_of_each_kernel():
 """
     expected = 4 * (4 * 2 * 5 * each + 2 * (2 + 5) * line)
     assert mosaic_tpu.static_cycles(program) == expected * 5 / 4
+    assert mosaic_tpu.static_cycles(program, "TPU v4") > expected * 5 / 4
