@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from sparx_jax.models.block import Block
+from sparx_jax.ops import depthwise_conv
 
 # float32 sums in another order.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -49,6 +50,11 @@ def draw(channels=DIM, seed=0):
     return jnp.asarray(x, jnp.float32)
 
 
+def position(block, x):
+    layer = block.position
+    return depthwise_conv(x, layer.kernel[...], layer.bias[...])
+
+
 def affine(layer, x):
     return x if layer is None else x * layer.scale[...] + layer.bias[...]
 
@@ -61,7 +67,7 @@ def test_parts_follow_each_other_as_in_the_paper(scaled_residual, with_context):
     context = (draw(seed=1), draw(seed=2)) if with_context else ()
     assert (block.mixer_residual is not None) == scaled_residual
 
-    h = x + block.position(x)
+    h = x + position(block, x)
     projected = 2 * block.mixer_norm(h)
     if context:  # the maps side by side, as they are: normalised by the aggregator
         projected += sum(context).sum(-1, keepdims=True)
@@ -73,7 +79,7 @@ def test_parts_follow_each_other_as_in_the_paper(scaled_residual, with_context):
 def test_both_branches_are_dropped_independently_and_the_residual_never():
     block, x = build(True, drop_path=0.5), draw()
     block.train()
-    h = x + block.position(x)
+    h = x + position(block, x)
     mixed = 2 * jnp.tanh(2 * block.mixer_norm(h)[:, ::-1])
     draws = jax.random.uniform(jax.random.key(3), (2, len(x)))
     fates = []
