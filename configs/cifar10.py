@@ -24,7 +24,7 @@ def get_config(variant="sparx_mamba_t"):
     config.data.crop_padding = 8
     config.data.mean = (0.491, 0.482, 0.447)
     config.data.std = (0.247, 0.243, 0.262)
-    config.data.workers = 14
+    config.data.workers = 14  # of the 16 cores that it ran on
 
     config.mixing.cutmix = 1.0
     config.mixing.probability = 0.5

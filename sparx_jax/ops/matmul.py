@@ -15,9 +15,8 @@ def matmul(
     """`x @ kernel`, with the precision that JAX is set to.
 
     Its gradient of `kernel` sums over all pixels as one axis.  JAX's sums over several,
-    and XLA:CPU then writes both maps anew, transposed, which took up to 30 times as
-    long as the product itself.  TPUs need no copy for several axes but one to join
-    them.
+    and XLA:CPU then writes the maps anew, transposed, which for one map took 15 times
+    as long as the product itself.  On TPUs to join the axes may be a copy instead.
     """
     return _matmul(x, kernel, jax.config.jax_default_matmul_precision)
 

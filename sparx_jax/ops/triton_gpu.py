@@ -332,8 +332,8 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
     total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape)
     total += grad.astype(jnp.float32) * d.sum(0)
 
-    # With places for B and C, which nothing needs: r inputs alone would have to be
-    # copied out of p, and cuBLAS is slow where they are no multiple of 8.
+    # With places for B and C, which nothing needs: the r inputs alone would have to be
+    # copied out of p.
     padded = jnp.pad(w.astype(grad_z.dtype), ((0, 0), (0, 2 * n), (0, 0)))
     dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
     grad_dt = dot("kbld,ked->blke", grad_z, padded)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from configs import digits, imagenet
+from configs import cifar10, digits, imagenet
 from sparx_jax.training.config import as_dict, from_config_dict
 
 FOLDER = Path(__file__).parents[1] / "goldens/configs"
 RECIPES = {
+    "cifar10": (cifar10.get_config, 10),
     "digits": (digits.get_config, 10),
     **{
         f"imagenet_{name}": (lambda name=name: imagenet.get_config(name), 1000)
