@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from sparx_jax.chips import HERE, Chip, find_devices
 from sparx_jax.errors import UserError
-from sparx_jax.ops import mosaic_tpu
+from sparx_jax.ops.tpu_cycles import static_cycles
 from sparx_jax.parallel import batch_sharding, make_mesh
 from sparx_jax.training import cli
 from sparx_jax.training import state as states
@@ -119,7 +119,7 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
         "peak": max(whole, memory.peak_memory_in_bytes),
         "operations": cost.get("flops", 0.0),
         "traffic": cost.get("bytes accessed", 0.0),
-        "cycles": sum(cycles) + mosaic_tpu.static_cycles(text, devices[0].device_kind),
+        "cycles": sum(cycles) + static_cycles(text, devices[0].device_kind),
         "kernels": len(re.findall(_KERNELS, text)),
         "collectives": collectives(text),
         "instructions": sum(" = " in line for line in text.splitlines()),

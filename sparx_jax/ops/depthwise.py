@@ -4,7 +4,8 @@ XLA runs a grouped convolution with one channel a group at about 1 GFLOP/s on CP
 There the sum of shifted products below was 9 to 30 times faster, forward and backward.
 NVIDIA's GPUs have a kernel for small filters that adds the bias and the input as well.
 The best of cuDNN takes as long for the convolution alone, but XLA chooses by short
-trials, and once chose 21 of the 91 ms of a training step.  TPUs keep XLA's convolution.
+trials, and once chose 21 of the 91 ms of a training step.  TPUs have one that does the
+same where a map has room in their VMEM.
 """
 
 from functools import partial
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sparx_jax.ops import triton_depthwise
+from sparx_jax.ops import mosaic_depthwise, triton_depthwise
 from sparx_jax.ops.batch import shard_batch
+from sparx_jax.ops.mosaic_tpu import target_vmem
 from sparx_jax.typing import Array, Float
 
 
@@ -56,7 +58,7 @@ def _depthwise(x, kernel, bias, stride, residual):
         bias,
         cpu=shard_batch(partial(_shifted_sum, **settings), "b..", "b"),
         default=partial(_grouped_conv, **settings),
-        **_on_gpu(triton_depthwise.depthwise, kernel, settings, "b..", "b"),
+        **_kernels("depthwise", x, kernel, settings, "b..", "b"),
     )
 
 
@@ -72,7 +74,7 @@ def _backward(stride, residual, residuals, grad):
         grad,
         cpu=shard_batch(partial(_shifted_sum_vjp, **settings), "b.b", "b++"),
         default=partial(_grouped_conv_vjp, **settings),
-        **_on_gpu(triton_depthwise.depthwise_vjp, operands[1], settings, "b.b", "b++"),
+        **_kernels("depthwise_vjp", *operands, settings, "b.b", "b++"),
     )
     return *grads[:2], None if bias is None else grads[2]
 
@@ -80,13 +82,21 @@ def _backward(stride, residual, residuals, grad):
 _depthwise.defvjp(_forward, _backward)
 
 
-def _on_gpu(function, kernel, settings, *specs):
-    """Our kernel, for the filters that it is for."""
-    stride, residual = settings["stride"], settings["residual"]
-    if stride > 1 or len(kernel) > triton_depthwise.LARGEST:
-        return {}
-    function = partial(function, residual=residual, interpret=False)
-    return dict(cuda=shard_batch(function, *specs))
+def _kernels(name, x, kernel, settings, *specs):
+    """Ours, by platform, for the filters and maps that they are for."""
+    k, vmem, found = len(kernel), target_vmem() * 2**20, {}
+    if settings["stride"] > 1:
+        return found
+    if k <= triton_depthwise.LARGEST:
+        found["cuda"] = getattr(triton_depthwise, name)
+    room = mosaic_depthwise.room(x.shape, x.dtype, k)
+    if k <= mosaic_depthwise.LARGEST and room <= vmem:
+        found["tpu"] = getattr(mosaic_depthwise, name)
+    options = dict(residual=settings["residual"], interpret=False)
+    return {
+        platform: shard_batch(partial(function, **options), *specs)
+        for platform, function in found.items()
+    }
 
 
 def _grouped_conv(x, kernel, bias=None, *, stride, residual=False):

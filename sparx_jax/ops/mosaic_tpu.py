@@ -13,7 +13,6 @@ a strip of whole lines each and hand their states on in the order of the walk; t
 over directions pass from call to call through HBM in float32.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -44,29 +43,6 @@ USABLE = 0.85
 # At most as many steps of one state are straight code: more of them hide more of the
 # scan's latency, and take longer to compile.
 PIECE = 56
-
-# Cycles of a register of pixels in one direction, and those of each line of pixels,
-# within 7 % of the compiler's schedules at 7, 14, 28 and 56 pixels a line
-# (`python -m benchmarks.tpu_kernel`).  v6e's are fewer than v5e's, v5p's the same.
-CYCLES = {"forward": (15.7, 57.0), "backward": (35.5, 115.0)}
-V4_CYCLES = {"forward": (27.5, 56.0), "backward": (58.3, 97.0)}
-
-
-def static_cycles(program: str, device_kind: str = "") -> float:
-    """Of the kernels of a compiled program, for which XLA has no estimate.
-
-    Waiting for memory is not in it.
-    """
-    pattern = r"%(one_of_)?four_scans_(\w+?)[.\d]* = \(\w+\[(\d+),(\d+),(\d+),(\d+)\]"
-    cycles = V4_CYCLES if device_kind == "TPU v4" else CYCLES
-    total = 0.0
-    for one, kind, *sizes in re.findall(pattern, program):
-        height, width, batch, dim = map(int, sizes)
-        each, line = cycles[kind]
-        blocks = -(-batch // SUBLANES) * -(-dim // LANES)
-        pixels, lines = 4 * height * width, 2 * (height + width)
-        total += blocks * (pixels * each + lines * line) / (4 if one else 1)
-    return total
 
 
 def target_vmem() -> int:

@@ -13,10 +13,10 @@ from sparx_jax.training.logging import duration
 
 ACTIVITIES = (
     "initialisation",  # imports are not seen: they end before
-    "compilation",  # until the first step of a session is done
+    "compilation",  # with the first step and the first batch of evaluation
     "data",  # steps that wait for their batch
     "steps",
-    "evaluation",  # with its compilation
+    "evaluation",
     "checkpoints",  # steps that wait for a write to start or, at the end, to finish
     "report",
 )

@@ -134,10 +134,19 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     window = _Window(config, lengths, checkpoints)
     profiler = _Profiler(config.profile_steps, workdir)
 
+    compiled = False
+
     def polled_eval_step(weights, batch):
+        nonlocal compiled
         if stop.poll():
             raise _Stopped
-        return eval_step(weights, batch)
+        if compiled:
+            return eval_step(weights, batch)
+        goodput.lap("evaluation")
+        answers = jax.block_until_ready(eval_step(weights, batch))
+        goodput.lap("compilation")
+        compiled = True
+        return answers
 
     def save(metrics):
         jax.block_until_ready(state.step)  # what was dispatched is no part of saving

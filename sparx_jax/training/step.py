@@ -167,6 +167,7 @@ def jit_train_step(
         in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
+        compiler_options=_compiler_options(mesh),
     )
 
 
@@ -192,4 +193,12 @@ def compile_eval_step(
         batch_on(mesh, partial(eval_step, network.eval, config)),
         in_shardings=(state_shardings(weights, mesh), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
+        compiler_options=_compiler_options(mesh),
     )
+
+
+def _compiler_options(mesh):
+    """On CPU YNNPACK for sums alone: Eigen's matrix products are the faster ones."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}

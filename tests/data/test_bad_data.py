@@ -232,8 +232,8 @@ def test_a_worker_that_dies_twice_at_the_same_batch_stops_the_run():
     assert multiprocessing.active_children() == []
 
 
-def shared_memory():
-    return set(Path("/dev/shm").glob("psm_*"))
+def shared_memory(prefix):
+    return set(Path("/dev/shm").glob(f"{prefix}*"))
 
 
 TRAINER = """
@@ -248,21 +248,28 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory():
-    before = shared_memory()
+def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
+    # A name of its own in all its processes: other tests have shared memory too.
+    (tmp_path / "sitecustomize.py").write_text(
+        "from multiprocessing import shared_memory\n"
+        "shared_memory._SHM_NAME_PREFIX = '/killed_'\n"
+    )
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
         start_new_session=True,
     )
     try:
         assert trainer.stdout.readline() == b"ready\n"
+        assert shared_memory("killed_")
         trainer.kill()
         # The workers share the pipe, so it ends only when they have.
         trainer.communicate(timeout=10)
-        time.sleep(0.5)
-        assert shared_memory() <= before
+        end = time.monotonic() + 10
+        while shared_memory("killed_") and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not shared_memory("killed_")
     finally:
         with suppress(ProcessLookupError):
             os.killpg(trainer.pid, signal.SIGKILL)
@@ -271,7 +278,7 @@ def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory():
 @pytest.mark.slow
 def test_memory_stays_flat():
     """A lost batch in ten would show as 4 MB between the halves."""
-    source, before = Numbered(64), shared_memory()
+    source, before = Numbered(64), shared_memory("psm_")
     data = SimpleNamespace(**vars(with_workers(1)) | {"rand_augment": ""})
     data.image_size = 128
     batches = train_batches(data, source, batch_size=8, seed=0)
@@ -282,7 +289,7 @@ def test_memory_stays_flat():
             sizes.append(resident_bytes())
     first, second = np.median(np.reshape(sizes, (2, 100)), 1)
     assert second - first < 2e6
-    assert len(shared_memory() - before) < 20  # a few batches on their way
+    assert len(shared_memory("psm_") - before) < 20  # a few batches on their way
 
 
 def resident_bytes():

@@ -7,36 +7,46 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparx_jax.ops import depthwise, depthwise_conv, triton_depthwise
+from sparx_jax.ops import (
+    depthwise,
+    depthwise_conv,
+    mosaic_depthwise,
+    triton_depthwise,
+)
 
 # Largest difference over the largest magnitude.  float32: sums of at most 100 products.
 # bfloat16: the shifted sum rounds every one of its k * k partial sums to 8 bits.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def triton(x, kernel, bias, stride, residual):
-    """The GPU's kernels, interpreted."""
-    assert stride == 1
-    return triton_depthwise.depthwise(
-        x, kernel, bias, residual=residual, interpret=True
-    )
+def interpreted(kernels):
+    """Of a module with kernels, without the accelerator that they are for."""
 
+    @partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def convolution(x, kernel, bias, residual):
+        options = dict(residual=residual, interpret=True)
+        return kernels.depthwise(x, kernel, bias, **options)
 
-def triton_gradient(stride, residual, operands, grad):
-    return triton_depthwise.depthwise_vjp(
-        *operands, grad, residual=residual, interpret=True
-    )
+    def gradient(residual, operands, grad):
+        options = dict(residual=residual, interpret=True)
+        return kernels.depthwise_vjp(*operands, grad, **options)
 
+    convolution.defvjp(lambda *args: (convolution(*args), args[:2]), gradient)
 
-triton.defvjp(lambda *args: (triton(*args), args[:2]), triton_gradient)
+    def call(*args, stride, residual):
+        assert stride == 1
+        return convolution(*args, residual)
+
+    return call
+
 
 BACKENDS = {
     # What `depthwise_conv` runs here: on CPU the shifted sum, its gradient by hand.
     "default": depthwise_conv,
     "shifted_sum": depthwise._shifted_sum,
     "grouped_conv": depthwise._grouped_conv,
-    "triton": lambda *args, stride, residual: triton(*args, stride, residual),
+    "triton": interpreted(triton_depthwise),
+    "mosaic": interpreted(mosaic_depthwise),
 }
 
 # Filter, stride, height, width: those of the network (5 and 3 at stride 1; r + 1 at
@@ -121,11 +131,13 @@ def test_grouped_convolution_equals_loops(size, stride, height, width):
 
 
 # More columns, more channels than a program has, and neither a multiple.
+@pytest.mark.parametrize("backend", ["triton", "mosaic"])
 @pytest.mark.parametrize(
-    "size, height, width, channels", [(3, 7, 5, 3), (5, 6, 9, 80), (5, 1, 1, 64)]
+    "size, height, width, channels",
+    [(3, 7, 5, 3), (5, 6, 9, 80), (5, 1, 1, 64), (3, 2, 17, 130), (1, 2, 3, 4)],
 )
-def test_gpu_kernels_equal_loops(size, height, width, channels):
-    check("triton", size, 1, height, width, "float32", channels, residual=True)
+def test_kernels_equal_loops(backend, size, height, width, channels):
+    check(backend, size, 1, height, width, "float32", channels, residual=True)
 
 
 @pytest.mark.parametrize("backend", ["default", "grouped_conv"])

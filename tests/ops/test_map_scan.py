@@ -196,16 +196,3 @@ def test_maps_without_room_on_a_tpu_are_walked_in_strips():
     seen = []
     batch_on(make_mesh(), lambda: seen.append(mosaic_tpu.target_vmem()))()
     assert seen == [0] and mosaic_tpu.target_vmem() == 0
-
-
-def test_cycles_are_counted_for_each_register_of_each_kernel():
-    """9 pictures are two registers, 130 channels two more."""
-    each, line = mosaic_tpu.CYCLES["backward"]
-    program = """
-  %four_scans_backward.3 = (bf16[2,5,9,130]{3,2,1,0}, f32[2,5,9,8]) custom-call(%x)
-  %add.1 = f32[2,5,9,130]{3,2,1,0} add(%four_scans_backward.3, %y)
-  %one_of_four_scans_backward = (f32[2,5,9,130]{3,2,1,0}, f32[2,5]) custom-call(%x)
-"""
-    expected = 4 * (4 * 2 * 5 * each + 2 * (2 + 5) * line)
-    assert mosaic_tpu.static_cycles(program) == expected * 5 / 4
-    assert mosaic_tpu.static_cycles(program, "TPU v4") > expected * 5 / 4

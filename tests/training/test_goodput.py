@@ -1,5 +1,7 @@
 """Laws of the time that a run tells of."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,31 @@ def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
     second.write(40)
     kept = [(s["from_step"], s["to_step"]) for s in read_sessions(str(tmp_path))]
     assert kept == [(0, 30), (20, 40)]
+
+
+def test_compiling_the_evaluation_counts_as_compilation(tmp_path, monkeypatch):
+    """Steps that do nothing; the first evaluation takes 3 s."""
+    names = "train_loss", "grad_norm", "learning_rate", "skipped"
+
+    def train_step(state, batch):
+        metrics = dict.fromkeys(names, batch["weight"].sum() * 0)
+        return state._replace(step=state.step + 1), metrics
+
+    rests = iter([3.0])
+
+    def eval_step(weights, batch):
+        time.sleep(next(rests, 0))
+        sums = dict.fromkeys(
+            ("loss", "top1", "top5", "examples"), batch["weight"].sum()
+        )
+        answers = {"predicted": batch["label"], "probability": batch["weight"]}
+        return batch | sums | answers
+
+    monkeypatch.setattr(loop, "compile_train_step", lambda *_: jax.jit(train_step))
+    monkeypatch.setattr(loop, "compile_eval_step", lambda *_: eval_step)
+    loop.train(tiny_settings(), str(tmp_path))
+    (session,) = read_sessions(str(tmp_path))
+    assert session["seconds"]["compilation"] > 3 > session["seconds"]["evaluation"]
 
 
 def test_nothing_in_a_step_may_wait_for_the_device(tmp_path, monkeypatch):
