@@ -148,16 +148,10 @@ def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
         if "four_scans" in inside:  # its operands
             x, _, dt_proj, _, a, _ = (v.aval for v in eqn.invars)
             total += 4 * x.size * (9 * a.shape[-1] + 1 + dt_proj.shape[1])
-        elif kind == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            width = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += eqn.outvars[0].aval.size * width
-        elif kind == "conv_general_dilated":
-            kernel = eqn.invars[1].aval  # its input axis is that of one group
-            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += eqn.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
+        elif kind in PRODUCTS:
+            total += PRODUCTS[kind](eqn)
         else:
-            inner = [count_macs(j, inside) for j in _inner_jaxprs(eqn.params)]
+            inner = [count_macs(j, inside) for j in inner_jaxprs(eqn.params)]
             if kind == "cond":  # a platform's choice: the CPU's has no convolution
                 inner = [max(inner)]
             if kind == "while" and any(inner):
@@ -166,7 +160,23 @@ def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
     return total
 
 
-def _inner_jaxprs(params):
+def _matrix_macs(eqn):
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    width = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return eqn.outvars[0].aval.size * width
+
+
+def _convolution_macs(eqn):
+    kernel = eqn.invars[1].aval  # its input axis is that of one group
+    out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return eqn.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
+
+
+PRODUCTS = {"dot_general": _matrix_macs, "conv_general_dilated": _convolution_macs}
+
+
+def inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """Those that an equation calls."""
     kinds = (core.ClosedJaxpr, core.Jaxpr)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, kinds))
     return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]
