@@ -113,7 +113,7 @@ def main():
     rows = []
     print("| operation | | " + " | ".join([*sides, "ratio"]) + " |")
     print("|---" * (3 + len(sides)) + "|")
-    for lines in zip(*(child.stdout for child in children), strict=True):
+    for lines in zip(*(child.stdout for child in children), strict=False):
         (name, kind, ours), *theirs = map(json.loads, lines)
         rows.append({"operation": name, "kind": kind, "ours": ours})
         cells = [f"{ours:.1f}", "", ""]
@@ -121,6 +121,8 @@ def main():
             rows[-1]["xla"] = cycles
             cells[1:] = f"{cycles:.1f}", f"{cycles / ours:.1f}"
         print(f"| {name} | {kind} | " + " | ".join(cells) + " |", flush=True)
+    if any(child.wait() for child in children):
+        sys.exit(1)  # the child has said why
     if args.out:
         Path(args.out).write_text(json.dumps(vars(args) | {"rows": rows}, indent=1))
 

@@ -150,20 +150,30 @@ def test_bfloat16_storage_loses_only_rounding(backend):
     check(backend, 5, 1, 6, 3, "bfloat16", residual=True)
 
 
-def test_gpus_get_the_kernels_where_the_filter_is_small():
-    """Lowered for a GPU, without one: strides and large filters stay XLA's."""
+@pytest.mark.parametrize(
+    "platform, mark", [("cuda", "xla.gpu.triton"), ("tpu", "tpu_custom_call")]
+)
+def test_accelerators_get_kernels_where_the_filter_is_small(
+    platform, mark, monkeypatch
+):
+    """Lowered without one: strides, large filters and large maps stay XLA's."""
+    monkeypatch.setattr(depthwise, "target_vmem", lambda: 4)
 
-    def kernels(size, **settings):
+    def kernels(size, side=8, **settings):
         def both(x, kernel, bias):
             y, vjp = jax.vjp(partial(depthwise_conv, **settings), x, kernel, bias)
             return y, vjp(y)
 
-        args = jnp.ones((1, 8, 8, 64)), jnp.ones((size, size, 64)), jnp.ones(64)
-        lowered = jax.jit(both).trace(*args).lower(lowering_platforms=("cuda",))
-        return lowered.as_text().count("xla.gpu.triton")
+        shapes = (1, side, side, 64), (size, size, 64), (64,)
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        lowered = jax.jit(both).trace(*args).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count(mark)
 
-    assert kernels(5, residual=True) == 3
+    # The gradient is two kernels on GPUs and one on TPUs.
+    expected = 3 if platform == "cuda" else 2
+    assert kernels(5, residual=True) == kernels(3) == expected
     assert kernels(7) == kernels(3, stride=2) == 0
+    assert kernels(3, side=32) == (0 if platform == "tpu" else expected)
 
 
 def test_hand_written_gradient_is_that_of_the_shifted_sum():
