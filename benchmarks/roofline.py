@@ -7,7 +7,8 @@ kernels, and the bytes that must move if each product, convolution and scan read
 operands and writes its results once and all else is free.  An operation takes as long
 as the slowest of the three, and the sum is a ceiling that no compiler reaches.  The
 gradient has twice the operations of products, the cycles of the backward kernels, and
-twice the bytes.  `--predicted` takes what sparx_jax.compile wrote for the same chip.
+twice the bytes.  Maps that have no room in VMEM (v4's first stage) count as if they
+had.  `--predicted` takes what sparx_jax.compile wrote for the same chip.
 """
 
 import argparse

@@ -172,6 +172,7 @@ def _convolution_macs(eqn):
     return eqn.outvars[0].aval.size * kernel.size // kernel.shape[out_axis]
 
 
+# Primitives that the rule counts, each with its multiply-adds.
 PRODUCTS = {"dot_general": _matrix_macs, "conv_general_dilated": _convolution_macs}
 
 

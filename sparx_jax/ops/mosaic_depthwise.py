@@ -97,7 +97,7 @@ def _params(vmem):
 
 
 def _pixels_first(x):
-    """Whole registers of pictures; XLA makes maps in this layout, it copies none."""
+    """Whole registers of pictures; XLA keeps most maps of a network in this layout."""
     x = jnp.pad(x, ((0, -len(x) % SUBLANES), *[(0, 0)] * 3))
     return x.transpose(1, 2, 0, 3)
 
