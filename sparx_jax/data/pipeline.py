@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import shared_memory
 from typing import Any
 
 import grain
@@ -235,9 +236,18 @@ def _start(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _die_with_parent(worker_index: int, worker_count: int) -> None:
-    # Otherwise a worker outlives a killed trainer and keeps its shared memory.
+    # Otherwise a worker outlives a killed trainer and keeps its shared memory.  Not
+    # between making some and telling Python's resource tracker, which would remove it.
+    make, making = shared_memory.SharedMemory.__init__, threading.Lock()
+
+    def make_whole(*args, **kwargs):
+        with making:
+            make(*args, **kwargs)
+
     def wait():
         multiprocessing.parent_process().join()
-        os._exit(1)
+        with making:
+            os._exit(1)
 
+    shared_memory.SharedMemory.__init__ = make_whole
     threading.Thread(target=wait, daemon=True).start()

@@ -248,12 +248,21 @@ if __name__ == "__main__":
 """
 
 
+# A name of its own in all its processes: other tests have shared memory too.  Death
+# between making memory and registering it is rare, so that this takes long.
+SLOW_TO_REGISTER = """
+import time
+from multiprocessing import resource_tracker, shared_memory
+shared_memory._SHM_NAME_PREFIX = '/killed_'
+def register(*args, register=resource_tracker.register):
+    time.sleep(0.2)
+    register(*args)
+resource_tracker.register = register
+"""
+
+
 def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
-    # A name of its own in all its processes: other tests have shared memory too.
-    (tmp_path / "sitecustomize.py").write_text(
-        "from multiprocessing import shared_memory\n"
-        "shared_memory._SHM_NAME_PREFIX = '/killed_'\n"
-    )
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_REGISTER)
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER],
         stdout=subprocess.PIPE,
