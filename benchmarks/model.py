@@ -3,28 +3,40 @@
     python -m benchmarks.model --image=224 --batch=2                  # on CPU, one core
     python -m benchmarks.model --batch=128 --dtype=bfloat16           # on a GPU
     python -m benchmarks.model --methods=auto,associative             # ratios of scans
+    python -m benchmarks.model --methods=auto,naive                   # and to a port
 
 One device, the real training step: mixup and cutmix, gradient, AdamW, moving average.
 Data are random and stay on the device.  `--peer` takes the JSON of peer.py, of the same
 machine, and prints the ratios to it.  On a CPU `--peer_python`, an interpreter with
 PyTorch, timm and einops, runs the same network round by round in turn with ours: timm's
 Swin-T, and the authors' SparX-Mamba-T, where `--peer_folder` is what peer.py takes.
+
+`naive` is the network as a plain port of the authors' would compute it: four copies of
+the map scanned by `associative_scan`, XLA's depthwise convolutions, `jax.nn.gelu`,
+gradients all derived by JAX, and XLA's options as they are.  `share` is that of the
+core's rate in a matrix product, measured in turn with the steps, which multiply-adds of
+the network would need (three times those of the forward pass in training).
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from sparx_jax import models
+from benchmarks.ops import grouped_conv, naive_ss2d
+from sparx_jax import models, summary
+from sparx_jax.ops import norm
 from sparx_jax.parallel import make_mesh
 from sparx_jax.training import state as states
 from sparx_jax.training.config import default_config, from_config_dict
@@ -45,10 +57,47 @@ PEERS = {  # the options of peer.py for networks of the same name here
 }
 
 
+SIDE = 2048  # of the matrices whose product tells a core's rate
+
+
+@contextlib.contextmanager
+def naive_port():
+    """What is traced meanwhile calls what a plain port would."""
+
+    def depthwise(x, kernel, bias=None, *, stride=1, residual=False):
+        y = grouped_conv(x, kernel.astype(x.dtype), stride)
+        y = y if bias is None else y + bias.astype(x.dtype)
+        return x + y if residual else y
+
+    def ss2d(*operands, method):
+        return naive_ss2d(*operands)
+
+    gelu = partial(jax.nn.gelu, approximate=False)
+    ours = {
+        "ops.ss2d": ss2d,
+        "ops.depthwise_conv": depthwise,
+        "layers.aggregator.gelu": gelu,
+        "layers.mlp.gelu": gelu,
+        "layers.patch.gelu": gelu,
+        "ops.norm._normalize": norm._forward,
+        "ops.matmul._matmul": lambda x, w, precision: jnp.matmul(x, w),
+        "training.step._compiler_options": lambda mesh: None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, function in ours.items():
+            stack.enter_context(mock.patch(f"sparx_jax.{name}", function))
+        yield
+
+
 class Network:
     """A network on one device with a batch, and its two steps."""
 
     def __init__(self, name, method, args):
+        naive = method == "naive"
+        with naive_port() if naive else contextlib.nullcontext():
+            self._make(name, "auto" if naive else method, args)
+
+    def _make(self, name, method, args):
         settings = default_config()
         settings.model.update(
             name=name, dtype=args.dtype, scan_method=method, remat=args.remat
@@ -74,17 +123,27 @@ class Network:
             "weight": np.ones(n, np.float32),
             "index": np.arange(n, dtype=np.int32),
         })  # fmt: skip
-        self._eval = compile_eval_step(network, config, weights, mesh)
-        self._train = compile_train_step(
-            network, config, optimizer, schedule, state, mesh
-        )
+        pixels = (args.image, args.image)
+        self.macs = args.batch * summary.macs(config.model, pixels)
+        evaluate = compile_eval_step(network, config, weights, mesh)
+        train = compile_train_step(network, config, optimizer, schedule, state, mesh)
+        self._lowered = {
+            "evaluate": evaluate.lower(weights, self.batch),
+            "train": train.func.lower(*train.args, self.state, self.batch),
+        }
+        self._seed = train.args
 
-    def evaluate(self):
-        return self._eval(self.weights, self.batch)
+    def compile(self, kind):
+        """The step, a function without arguments, and MB of its temporaries."""
+        step = self._lowered[kind].compile()
 
-    def train(self):
-        self.state, metrics = self._train(self.state, self.batch)
-        return metrics
+        def train():
+            self.state, metrics = step(*self._seed, self.state, self.batch)
+            return metrics
+
+        evaluate = partial(step, self.weights, self.batch)
+        memory = step.memory_analysis().temp_size_in_bytes / 1e6
+        return {"evaluate": evaluate, "train": train}[kind], memory
 
 
 def measure(name, methods, args):
@@ -92,21 +151,28 @@ def measure(name, methods, args):
     networks = {method: Network(name, method, args) for method in methods}
     peers = start_peers(name, args)
     for kind in "evaluate", "train":
-        calls, compiling = {}, {}
+        calls, compiling, memory = {}, {}, {}
         for method, network in networks.items():
-            calls[method] = getattr(network, kind)
             start = time.perf_counter()
-            jax.block_until_ready(calls[method]())
+            calls[method], memory[method] = network.compile(kind)
             compiling[method] = time.perf_counter() - start
+        macs = networks[methods[0]].macs * {"evaluate": 1, "train": 3}[kind]
+        if timing.on_cpu():
+            matrix = jnp.ones((SIDE, SIDE))
+            calls["product"] = partial(jax.jit(jnp.matmul), matrix, matrix)
         calls |= {peer: timing.Peer(process, kind) for peer, process in peers.items()}
         times = timing.clock(calls, rounds=args.rounds, seconds=args.seconds)
+        product = times.pop("product", None)
         for method, found in times.items():
             row = {"model": name, "kind": kind, "method": method, "ms": found}
             row["images_per_s"] = args.batch / found.median * 1e3
             row["ratio"] = found.median / times[methods[0]].median
             row["compile_s"] = compiling.get(method)
-            if memory := jax.devices()[0].memory_stats():
-                row["peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+            row["temporaries_mb"] = memory.get(method)
+            if product:
+                row["share"] = macs / SIDE**3 * product.median / found.median
+            if held := jax.devices()[0].memory_stats():
+                row["peak_gib"] = held["peak_bytes_in_use"] / 2**30
             if args.kernels:
                 row["kernels"] = kernels(calls[method])
             yield row
@@ -148,7 +214,9 @@ def show(row, peer):
         f"{row['model']:16}{row['kind']:10}{row['method']:22}"
         f"{row['images_per_s']:9.1f} images/s {found.median:9.2f} ms "
         f"({found.least:.2f}-{found.most:.2f}) {row['ratio']:6.2f} x time"
+        + (f", {row['share']:.0%} of the matrix rate" if "share" in row else "")
         + (f", compiled in {row['compile_s']:.0f} s" if row["compile_s"] else "")
+        + (f", {row['temporaries_mb']:.0f} MB" if row["temporaries_mb"] else "")
         + (f", {row['peak_gib']:.1f} GiB" if "peak_gib" in row else "")
         + (f", {row['images_per_s'] / peer:.2f} x the peer" if peer else ""),
         flush=True,

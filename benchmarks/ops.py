@@ -77,10 +77,10 @@ def naive_ss2d(x, x_proj, dt_proj, dt_bias, a, skip):
     return (by_row.reshape(x.shape) + by_column).astype(x.dtype)
 
 
-def grouped_conv(x, kernel):
+def grouped_conv(x, kernel, stride=1):
     pad = len(kernel) // 2
     return lax.conv_general_dilated(
-        x, kernel[:, :, None], (1, 1), [(pad, pad)] * 2,
+        x, kernel[:, :, None], (stride, stride), [(pad, pad)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
     )  # fmt: skip
 

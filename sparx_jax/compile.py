@@ -15,8 +15,8 @@ import re
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import jax
 import numpy as np
@@ -213,46 +213,26 @@ def largest_batch(measure, chip: Chip, first: dict, batch: int, count: int) -> t
 
 
 def report(
-    settings: ConfigDict, devices: list, chip: Chip, remats: list[str], search: bool
-) -> dict[str, Any]:
-    """The figures of all steps, by setting of remat; prints what it is doing."""
+    settings: ConfigDict,
+    devices: list,
+    chip: Chip,
+    remats: list[str],
+    search: bool,
+    save: Callable[[dict], None],
+) -> None:
+    """Compiles all steps, by setting of remat; prints what it is doing and a table.
+
+    After each step, which may have taken half an hour, `save` gets all figures so far.
+    """
     count = len(devices)
-    rows, results = [], {}
     base = from_config_dict(settings)
     if base.batch_size % count or base.eval_batch_size % count:
         raise UserError(
             f"config.batch_size={base.batch_size} and eval_batch_size="
             f"{base.eval_batch_size} must be multiples of the {count} devices."
         )
-
-    def measure(per_device, remat, kind="train"):
-        settings.model.remat = remat
-        settings.batch_size = settings.eval_batch_size = per_device * count
-        config = from_config_dict(settings)
-        print(f"compiling the {kind} step, {per_device} pictures a device, remat "
-              f"{remat} ...", file=sys.stderr, flush=True)  # fmt: skip
-        return compile_step(config, devices, kind)
-
-    for remat in remats or [base.model.remat]:
-        per_device = base.batch_size // count
-        step = measure(per_device, remat)
-        result = {"train": step | {"per_device": per_device}}
-        if search:
-            most, step = largest_batch(
-                lambda n, remat=remat: measure(n, remat), chip, step, per_device, count
-            )
-            result["largest"] = (step or {}) | {"per_device": most}
-        results[remat] = result
-    per_device = base.eval_batch_size // count
-    step = measure(per_device, base.model.remat, "eval")
-    results["eval"] = {"eval": step | {"per_device": per_device}}
-    for name, steps in results.items():
-        for kind, step in steps.items():
-            rows.append((f"{name}, {kind}", step))
-            if step.get("collectives") is not None:
-                step["predicted_s"] = predict(step, chip, count)
-    print("\n".join(table(rows, chip, count)))
-    return {
+    results = defaultdict(dict)
+    found = {
         "model": base.model_name,
         "device": chip._asdict(),
         "devices": count,
@@ -262,6 +242,38 @@ def report(
         "versions": {"jax": jax.__version__},
         "steps": results,
     }
+
+    def measure(per_device, remat, kind="train"):
+        settings.model.remat = remat
+        settings.batch_size = settings.eval_batch_size = per_device * count
+        config = from_config_dict(settings)
+        print(f"compiling the {kind} step, {per_device} pictures a device, remat "
+              f"{remat} ...", file=sys.stderr, flush=True)  # fmt: skip
+        step = compile_step(config, devices, kind)
+        jax.clear_caches()  # a pod's program takes 17 GB of this machine
+        return step
+
+    def add(name, kind, step, per_device):
+        results[name][kind] = step | {"per_device": per_device}
+        if "collectives" in step:
+            results[name][kind]["predicted_s"] = predict(step, chip, count)
+        save(found)
+
+    for remat in remats or [base.model.remat]:
+        per_device = base.batch_size // count
+        step = measure(per_device, remat)
+        add(remat, "train", step, per_device)
+        if search:
+            most, step = largest_batch(
+                lambda n, remat=remat: measure(n, remat), chip, step, per_device, count
+            )
+            add(remat, "largest", step or {}, most)
+    per_device = base.eval_batch_size // count
+    add("eval", "eval", measure(per_device, base.model.remat, "eval"), per_device)
+    rows = [
+        (f"{n}, {kind}", s) for n, steps in results.items() for kind, s in steps.items()
+    ]
+    print("\n".join(table(rows, chip, count)))
 
 
 def table(rows: list[tuple[str, dict]], chip: Chip, count: int) -> list[str]:
@@ -342,10 +354,13 @@ def main(config: ConfigDict, workdir: str | None) -> None:
     """What the flags say."""
     del workdir
     devices, chip = find_devices(_TOPOLOGY.value)
-    found = report(config, devices, chip, _REMAT.value, _SEARCH.value)
-    if _OUT.value:
-        with open(_OUT.value, "w") as file:
-            json.dump({"topology": _TOPOLOGY.value} | found, file, indent=1)
+
+    def save(found):
+        if _OUT.value:
+            with open(_OUT.value, "w") as file:
+                json.dump({"topology": _TOPOLOGY.value} | found, file, indent=1)
+
+    report(config, devices, chip, _REMAT.value, _SEARCH.value, save)
 
 
 if __name__ == "__main__":

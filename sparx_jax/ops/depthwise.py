@@ -118,35 +118,49 @@ def _grouped_conv_vjp(x, kernel, grad, **settings):
     return jax.vjp(partial(_grouped_conv, **settings), x, kernel, bias)[1](grad)
 
 
-# What a loop's body reads at the loop's counter goes through a barrier, a copy: XLA:CPU
-# reads the counter anew for every element and then vectorises nothing; 3 x 3 filters
-# took three times as long. Nor does it then compute the padding for every shift.
-_copy = lax.optimization_barrier
+# XLA:CPU would compute padding anew for every shift: a padded picture is memory that
+# the loop over the pictures carries.
+def _pad(x, index, padded):
+    """Picture `index` into the middle of `padded`, whose border stays zero."""
+    pad = (len(padded) - x.shape[1]) // 2
+    image = lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return lax.dynamic_update_slice(padded, image, (pad, pad, 0))
+
+
+def _padded(x, k):
+    _, h, w, c = x.shape
+    return jnp.zeros((h + k - 1, w + k - 1, c), x.dtype)
 
 
 def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
-    k, (_, h, w, c) = kernel.shape[0], x.shape
-    height, width, pad = (h - 1) // stride, (w - 1) // stride, k // 2
+    k, (b, h, w, c) = kernel.shape[0], x.shape
+    height, width = (h - 1) // stride, (w - 1) // stride
 
-    def one(image):
-        padded = _copy(jnp.pad(image, ((pad, pad), (pad, pad), (0, 0))))
+    def one(index, carry):
+        padded, y = carry
+        padded = _pad(x, index, padded)
+
+        def window(i, j, stride):
+            end = (i + height * stride + 1, j + width * stride + 1, c)
+            return lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
+
         total = 0
         for i in range(k):
             for j in range(k):
-                end = (i + height * stride + 1, j + width * stride + 1, c)
-                window = lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
-                total += window * kernel[i, j]
+                total += window(i, j, stride) * kernel[i, j]
         total = total if bias is None else total + bias
-        return image + total if residual else total
+        total = window(k // 2, k // 2, 1) + total if residual else total
+        return padded, lax.dynamic_update_index_in_dim(y, total, index, 0)
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
-    return lax.map(one, x)
+    y = jnp.zeros((b, height + 1, width + 1, c), x.dtype)
+    return lax.fori_loop(0, b, one, (_padded(x, k), y))[1]
 
 
 def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
-    (_, height, width, _), pad = grad.shape, k // 2
+    _, height, width, _ = grad.shape
 
     # Input: scatter the gradient back onto the input's grid, then correlate with the
     # mirrored filter.
@@ -160,22 +174,28 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
 
     # Filter: one pass over the output rows that keeps the k x k x width x c products in
     # cache; k * k separate reductions would read both maps k * k times.
-    padded = _copy(jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))))
     span = (width - 1) * stride + 1
 
-    def add_row(index, totals):
-        image, row = index // height, index % height
-        grad_row = lax.dynamic_slice(grad, (image, row, 0, 0), (1, 1, width, c))[0]
-        rows = lax.dynamic_slice(
-            padded, (image, row * stride, 0, 0), (1, k, w + 2 * pad, c)
-        )[0]
-        rows, grad_row = _copy((rows, grad_row.astype(jnp.float32)))
-        return tuple(
-            total + rows[:, j : j + span : stride] * grad_row
-            for j, total in enumerate(totals)
-        )
+    def add_image(index, carry):
+        padded, totals = carry
+        padded = _pad(x, index, padded)
+
+        def add_row(row, totals):
+            start, size = (index, row, 0, 0), (1, 1, width, c)
+            grad_row = lax.dynamic_slice(grad, start, size)[0].astype(jnp.float32)
+            rows = lax.dynamic_slice_in_dim(padded, row * stride, k)
+            # Copies: XLA:CPU reads the loop's counter anew for every element, and then
+            # vectorises nothing; 3 x 3 filters took three times as long.
+            rows, grad_row = lax.optimization_barrier((rows, grad_row))
+            return tuple(
+                total + rows[:, j : j + span : stride] * grad_row
+                for j, total in enumerate(totals)
+            )
+
+        return padded, lax.fori_loop(0, height, add_row, totals)
 
     zeros = jnp.zeros((k, width, c), jnp.float32)
-    totals = lax.fori_loop(0, b * height, add_row, (zeros,) * k)
+    start = _padded(x, k), (zeros,) * k
+    _, totals = lax.fori_loop(0, b, add_image, start)
     grad_kernel = jnp.stack(totals, 1).sum(2).astype(kernel.dtype)
     return grad_x, grad_kernel, grad.sum((0, 1, 2))

@@ -5,9 +5,12 @@ the map at once, from its two ends, each with a line at a time: all that a line'
 need is made for them together, then a loop over the tokens has only the recurrence.
 Step sizes exist for two lines only.  Kept for the gradient: the inputs, and the state
 before each line.  Shapes have l lines of t tokens.
+
+XLA:CPU would fuse all this anew wherever it is used, into code without vector
+instructions.  So it is written into memory that the loop over the lines carries, one
+way after the other: an update in place ends a fusion, and takes no part of the next.
 """
 
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -27,12 +30,11 @@ class _Way(NamedTuple):
     Line l of `back` is the map's last but l, from its end: both ways walk forwards.
     """
 
-    z: Float[Array, "l 2*b*t 2*(r+1)"]
-    """Inputs of the step sizes, and 1 for the bias; the other way's columns are 0."""
-    b: Float[Array, "l 2 b t n"]
-    c: Float[Array, "l 2 b t n"]
-    weights: Float[Array, "2*(r+1) d"]
-    """`z @ weights` is the step size before softplus, nothing transposed."""
+    z: Float[Array, "l 2 b*t r+1"]
+    """Inputs of the step sizes, and 1 for the bias."""
+    bc: Float[Array, "l 2 b t 2 n"]
+    weights: Float[Array, "2 r+1 d"]
+    """`z @ weights` is the step size before softplus."""
     a: Float[Array, "2 1 1 n d"]
 
 
@@ -42,10 +44,10 @@ def forward(x, p, dt_proj, dt_bias, a, d):
     As of `triton_gpu.four_scans`; states are l 2 b n d, for rows and for columns.
     """
     x32 = x.astype(jnp.float32)
-    y, states = x32 * d.astype(jnp.float32).sum(0), []
+    y, states, memory = x32 * _sum(d.astype(jnp.float32)), [], None
     for axis in (1, 2):
         way = _prepare(p, dt_proj, dt_bias, a, axis=axis)
-        y, kept = _walk(x32, y, way, axis)
+        y, kept, memory = _walk(x32, y, way, _memory(way, memory), axis)
         states.append(kept)
     return y.astype(x.dtype), tuple(states)
 
@@ -53,13 +55,16 @@ def forward(x, p, dt_proj, dt_bias, a, d):
 def backward(x, p, dt_proj, dt_bias, a, d, states, grad):
     """Gradients of all operands, in their dtypes."""
     x32, grad32 = x.astype(jnp.float32), grad.astype(jnp.float32)
-    grad_x, others = grad32 * d.astype(jnp.float32).sum(0), []
+    grad_x, others, memory = grad32 * _sum(d.astype(jnp.float32)), [], None
     for axis, kept in zip((1, 2), states, strict=True):
         prepare = partial(_prepare, axis=axis)
         way, unprepare = jax.vjp(prepare, p, dt_proj, dt_bias, a)
-        grad_x, grad_way = _walk_back(x32, grad32, grad_x, way, kept, axis)
+        memory = _more_memory(_memory(way, memory))
+        grad_x, grad_way, memory = _walk_back(
+            x32, grad32, grad_x, way, kept, memory, axis
+        )
         others.append(unprepare(grad_way))
-    grad_d = jnp.broadcast_to(_sum(grad32 * x32, 3), d.shape)
+    grad_d = jnp.broadcast_to(_sum((grad32 * x32).reshape(-1, d.shape[1])), d.shape)
     grads = grad_x, *jax.tree.map(jnp.add, *others), grad_d
     operands = x, p, dt_proj, dt_bias, a, d
     return tuple(g.astype(o.dtype) for g, o in zip(grads, operands, strict=True))
@@ -73,13 +78,11 @@ def _prepare(p, dt_proj, dt_bias, a, *, axis):
     p = p.transpose(axis, 3, 0, 3 - axis, 4)  # l 2 b t e
     p = jnp.stack([p[:, 0], p[::-1, 1, :, ::-1]], 1)
     r, n = dt_proj.shape[1], a.shape[-1]
-    z, b, c = jnp.split(p, (r, r + n), -1)
-    z = jnp.concatenate([z, jnp.ones_like(z[..., :1])], -1)
-    z = z[..., None, :] * jnp.eye(2)[:, None, None, :, None]
-    z = z.reshape(len(z), -1, 2 * (r + 1))
+    z = jnp.concatenate([p[..., :r], jnp.ones_like(p[..., :1])], -1)
+    z = z.reshape(height if axis == 1 else width, 2, -1, r + 1)
+    bc = p[..., r:].reshape(*p.shape[:-1], 2, n)
     a = jnp.swapaxes(a[ways], 1, 2)[:, None, None]
-    weights = weights.reshape(2 * (r + 1), -1)
-    return jax.tree.map(lambda t: t.astype(jnp.float32), _Way(z, b, c, weights, a))
+    return jax.tree.map(lambda t: t.astype(jnp.float32), _Way(z, bc, weights, a))
 
 
 def _at(x, index, axis):
@@ -97,11 +100,19 @@ def _put(x, part, index, axis):
 
 
 def _lines(x, index, axis):
-    """Lines `index` and last but `index`, this one from its end: 2 b t d."""
-    one, other = _at(x, index, axis), _at(x, x.shape[axis] - 1 - index, axis)
-    lines = jnp.stack([one, jnp.flip(other, 3 - axis)]).squeeze(1 + axis)
-    # A copy, or XLA:CPU reads the counter anew for every element that it makes of it.
-    return lax.optimization_barrier(lines)
+    """Lines `index` and last but `index`, this one from its end: each b t d."""
+    one, other = (
+        _at(x, i, axis).squeeze(axis) for i in (index, x.shape[axis] - 1 - index)
+    )
+    return one, jnp.flip(other, 1)
+
+
+def _fill(memory, parts, skip=0):
+    """`memory` with its two ways overwritten, from token `skip` on."""
+    for i, part in enumerate(parts):
+        start = (i, 0, skip) + (0,) * (part.ndim - 2)
+        memory = lax.dynamic_update_slice(memory, part[None], start)
+    return memory
 
 
 def _add_lines(total, parts, index, axis):
@@ -115,102 +126,129 @@ def _add_lines(total, parts, index, axis):
     return total
 
 
-def _tokens(x, way, index, axis):
-    """What the steps of two lines need, all tokens at once."""
-    x = _lines(x, index, axis)
-    z, b, c = (_at(t, index, 0)[0] for t in (way.z, way.b, way.c))
-    delta, sigmoid = softplus_and_sigmoid(_matmul(z, way.weights).reshape(x.shape))
-    b, c = b[..., None], c[..., None]  # 2 b t n 1
+def _steps(way, index, delta, bc):
+    """Of two lines z @ weights, the step sizes, decays, B and C, by token."""
+    z = _matmul(_at(way.z, index, 0)[0], way.weights).reshape(delta.shape)
+    delta = _fill(delta, [softplus_and_sigmoid(one)[0] for one in z])
     decay = jnp.exp(delta[..., None, :] * way.a)  # 2 b t n d
-    drive = (delta * x)[..., None, :] * b
-    return x, z, delta, sigmoid, decay, drive, b, c
+    return z, delta, decay, _fill(bc, _at(way.bc, index, 0)[0])
 
 
-def _recur(decay, *inputs):
-    """h <- decay h + drive, token by token; for each pair: the last h, all before.
+def _recur(h, decay, walk):
+    """h <- decay h + drive, token by token: the last, and all in `walk`.
 
-    The first pair walks forwards, the second, the gradient's, backwards: neither needs
-    the other, and one loop compiles faster than two.  h: 2 b 1 n d.
+    2 b t+1 n d, which has the drives after any state.  Written is what was read there,
+    or XLA:CPU would copy all of it.
     """
-    length = decay.shape[2]
 
-    def step(s, carry):
-        new = []
-        for (h, before), (_, drive), t in zip(
-            carry, inputs, (s, length - 1 - s), strict=False
-        ):
-            before = _put(before, h, t, 2)
-            new.append((_at(decay, t, 2) * h + _at(drive, t, 2), before))
-        return tuple(new)
+    def step(t, carry):
+        h, walk = carry
+        h = _at(decay, t, 2) * h + _at(walk, t + 1, 2)
+        return h, _put(walk, h, t + 1, 2)
 
-    start = tuple((h, jnp.zeros_like(drive)) for h, drive in inputs)
-    return lax.fori_loop(0, length, step, start)
+    return lax.fori_loop(0, decay.shape[2], step, (h, walk))
 
 
-@partial(jax.jit, static_argnums=3)  # keeps the trace of a shape
-def _walk(x, y, way, axis):
-    lines, (_, batch, *_), (_, _, _, n, d) = x.shape[axis], way.b[0].shape, way.a.shape
+def _memory(way, old):
+    """For step sizes, for B and C, and for `_recur`: the old again, of a square map."""
+    (_, _, b, t, _, n), d = way.bc.shape, way.a.shape[-1]
+    if old and old[0].shape == (2, b, t, d):
+        return old
+    shapes = (b, t, d), (b, t, 2, n), (b, t + 1, n, d)
+    return [jnp.zeros((2, *shape)) for shape in shapes]
 
+
+def _state(way):
+    return jnp.zeros((2, way.bc.shape[2], 1, *way.a.shape[-2:]))
+
+
+@partial(jax.jit, static_argnums=4)  # keeps the trace of a shape
+def _walk(x, y, way, memory, axis):
     def line(index, carry):
-        h, y, states = carry
+        y, states, h, (delta, bc, walk) = carry
         states = _put(states, h[None, :, :, 0], index, 0)
-        _, _, _, _, decay, drive, _, c = _tokens(x, way, index, axis)
-        ((h, before),) = _recur(decay, (h, drive))
-        out = ((decay * before + drive) * c).sum(3)
-        return h, _add_lines(y, out, index, axis), states
+        _, delta, decay, bc = _steps(way, index, delta, bc)
+        b, c = bc[..., 0, :, None], bc[..., 1, :, None]  # 2 b t n 1
+        ways = zip(delta, _lines(x, index, axis), b, strict=True)
+        walk = _fill(walk, [(delta * x)[..., None, :] * b for delta, x, b in ways], 1)
+        h, walk = _recur(h, decay, walk)
+        y = _add_lines(y, (walk[:, :, 1:] * c).sum(3), index, axis)
+        return y, states, h, [delta, bc, walk]
 
-    h = jnp.zeros((2, batch, 1, n, d), jnp.float32)
-    states = jnp.zeros((lines, 2, batch, n, d), jnp.float32)
-    _, y, states = lax.fori_loop(0, lines, line, (h, y, states))
-    return y, states
-
-
-# Sums as products: XLA:CPU gives sums to YNNPACK, which took 3 to 9 times as long, half
-# of the whole gradient.
-
-
-def _channel_sum(x):  # ... d -> ...
-    return _matmul(x, jnp.ones(x.shape[-1]))
+    h = _state(way)
+    states = jnp.zeros((x.shape[axis], *h.squeeze(2).shape))
+    carry = y, states, h, memory
+    y, states, _, memory = lax.fori_loop(0, len(states), line, carry)
+    return y, states, memory
 
 
-def _sum(x, axes):
-    """Over the first `axes` axes."""
-    rows = math.prod(x.shape[:axes])
-    return _matmul(jnp.ones(rows), x.reshape(rows, -1)).reshape(x.shape[axes:])
+def _sum(x):
+    """Over the first of two axes, as a product: XLA:CPU's sums took 3 to 9 times."""
+    return _matmul(jnp.ones(len(x)), x)
 
 
-@partial(jax.jit, static_argnums=5)
-def _walk_back(x, grad, grad_x, way, states, axis):
-    lines = x.shape[axis]
+def _more_memory(memory):
+    """For lines, their gradient, products with the step sizes, gradients of h."""
+    if len(memory) > 3:
+        return memory
+    delta, _, walk = memory
+    return [*memory, delta, walk[:, :, :, 0], delta, walk[:, :, 1:]]
+
+
+@partial(jax.jit, static_argnums=6)
+def _walk_back(x, grad, grad_x, way, states, memory, axis):
+    tokens = x.shape[3 - axis]
 
     def line(j, carry):
-        grad_h, grad_x, grads = carry
-        index = lines - 1 - j
-        x_t, z, delta, sigmoid, decay, drive, b, c = _tokens(x, way, index, axis)
-        grad_y = _lines(grad, index, axis)[..., None, :]
+        grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, g) = carry
+        index = len(states) - 1 - j
+        z, delta, decay, bc = _steps(way, index, delta, bc)
+        b, c = bc[..., 0, :, None], bc[..., 1, :, None]
+        x_t = _fill(x_t, _lines(x, index, axis))
+        grad_y = _fill(grad_y, _lines(grad, index, axis), 1)
+        u = _fill(u, [delta[i] * x_t[i] for i in (0, 1)])
 
-        g = grad_y * c
         h = _at(states, index, 0)[0][:, :, None]
-        (_, before), (grad_h, later) = _recur(decay, (h, drive), (grad_h, g * decay))
-        g += later
-        grad_log = g * before * decay  # gradient of delta * a
-        grad_drive = (g * b).sum(3)  # gradient of delta * x
-        grad_z = ((grad_log * way.a).sum(3) + grad_drive * x_t) * sigmoid
-        flat = grad_z.reshape(len(z), -1)
+        walk = _fill(
+            _put(walk, h, 0, 2), [u[i][..., None, :] * b[i] for i in (0, 1)], 1
+        )
+        _, walk = _recur(h, decay, walk)
+
+        g = _fill(g, [grad_y[i, :, 1:, None] * c[i] for i in (0, 1)])
+        last = grad_y[:, :, tokens:, None] * c[:, :, tokens - 1 :] + grad_h
+
+        def step(i, carry):
+            t, (later, g) = tokens - 2 - i, carry
+            now = _at(g, t, 2) + _at(decay, t + 1, 2) * later
+            return now, _put(g, now, t, 2)
+
+        g = _put(g, last, tokens - 1, 2)
+        first, g = lax.fori_loop(0, tokens - 1, step, (last, g))
+
+        grad_log = g * decay * walk[:, :, :-1]  # gradient of delta * a
+        grad_u = (g * b).sum(3)
+        grad_z = (grad_log * way.a).sum(3) + grad_u * x_t
+        grad_z *= softplus_and_sigmoid(z)[1]
+        flat = grad_z.reshape(2, -1, grad_z.shape[-1])
+        grad_b = _matmul(g, u[..., None])
+        grad_c = _matmul(walk, grad_y[..., None])[:, :, 1:]
 
         def put(total, part):
             return _put(total, part[None], index, 0)
 
-        a_sums = [_sum(t, 2) for t in grad_log * delta[..., None, :]]
+        z_in = _at(way.z, index, 0)[0]
         grads = _Way(
-            z=put(grads.z, _matmul(flat, way.weights.T)),
-            b=put(grads.b, _channel_sum(g * (delta * x_t)[..., None, :])),
-            c=put(grads.c, _channel_sum(grad_y * (decay * before + drive))),
-            weights=grads.weights + _matmul(z.T, flat),
-            a=grads.a + jnp.stack(a_sums)[:, None, None],
+            z=put(grads.z, _matmul(flat, way.weights.swapaxes(1, 2))),
+            bc=put(grads.bc, jnp.stack([grad_b, grad_c], 3)[..., 0]),
+            weights=grads.weights + _matmul(z_in.swapaxes(1, 2), flat),
+            a=grads.a + grad_log * delta[..., None, :],
         )
-        return grad_h, _add_lines(grad_x, grad_drive * delta, index, axis), grads
+        grad_x = _add_lines(grad_x, grad_u * delta, index, axis)
+        grad_h = first * _at(decay, 0, 2)
+        return grad_x, grads, grad_h, [delta, bc, walk, x_t, grad_y, u, g]
 
-    zero = jax.tree.map(jnp.zeros_like, (states[0][:, :, None], way))
-    _, grad_x, grads = lax.fori_loop(0, lines, line, (zero[0], grad_x, zero[1]))
-    return grad_x, grads
+    grads = jax.tree.map(jnp.zeros_like, way._replace(a=memory[-1]))
+    carry = grad_x, grads, _state(way), memory
+    grad_x, grads, _, memory = lax.fori_loop(0, len(states), line, carry)
+    a = grads.a.sum((1, 2), keepdims=True)
+    return grad_x, grads._replace(a=a), memory
