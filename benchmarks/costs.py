@@ -47,7 +47,9 @@ def operation_costs() -> dict[str, float]:
         "layer_norm": (lambda *args: layer_norm(*args, eps=1e-6), (x, scale, scale)),
     }
     return {
-        f"{name}, temporaries": timing.temporaries(ops.with_gradient(function), *args)
+        f"{name}, temporaries": timing.temporaries(
+            jax.jit(ops.with_gradient(function)), *args
+        )
         for name, (function, args) in cases.items()
     }
 

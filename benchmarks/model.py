@@ -81,7 +81,7 @@ def naive_port():
         "layers.patch.gelu": gelu,
         "ops.norm._normalize": norm._forward,
         "ops.matmul._matmul": lambda x, w, precision: jnp.matmul(x, w),
-        "training.step._compiler_options": lambda mesh: None,
+        "training.step.compiler_options": lambda platform: None,
     }
     with contextlib.ExitStack() as stack:
         for name, function in ours.items():

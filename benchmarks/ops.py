@@ -5,7 +5,7 @@
 
 Ratios are times of the peer by ours, of the same run.  Peers: the same four scans by
 `associative_scan`; a port of the authors' SS2D that keeps four copies of the map; XLA's
-grouped convolution.
+grouped convolution.  Both are compiled with the options of the training step.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from jax import lax
 from benchmarks import timing
 from sparx_jax.ops import depthwise_conv, gelu, ss2d
 from sparx_jax.ops.ss2d import by_sequences, four_scans
+from sparx_jax.training.step import compiler_options
 
 # Of a stage: pixels a side, channels of the mixer, inputs of its step sizes.
 STAGES = {1: (56, 192, 6), 2: (28, 384, 12), 3: (14, 640, 20), 4: (7, 1024, 32)}
@@ -132,7 +133,8 @@ def compare(name, ours, peer, args, rounds):
     row = {"name": name}
     for kind, wrap in {"forward": lambda f: f, "gradient": with_gradient}.items():
         both = {"ours": wrap(ours), "peer": wrap(peer)}
-        compiled = {key: jax.jit(f) for key, f in both.items()}
+        options = compiler_options(jax.default_backend())
+        compiled = {k: jax.jit(f, compiler_options=options) for k, f in both.items()}
         calls = {key: partial(f, *args) for key, f in compiled.items()}
         try:
             times = timing.clock(calls, rounds=rounds)
@@ -144,7 +146,7 @@ def compare(name, ours, peer, args, rounds):
         row[kind] = (
             times
             | {"ratio": ratio}
-            | {f"{key} MB": timing.temporaries(f, *args) for key, f in both.items()}
+            | {f"{key} MB": timing.temporaries(f, *args) for key, f in compiled.items()}
         )
     return row
 

@@ -21,6 +21,7 @@ from benchmarks import timing
 from benchmarks.ops import draw, map_operands, with_gradient
 from sparx_jax.layers.window_attention import WindowAttention
 from sparx_jax.ops import ss2d
+from sparx_jax.training.step import compiler_options
 
 SIZES = (224, 384, 512, 768, 1024)
 BATCHES = (1, 2, 4, 8)
@@ -82,12 +83,13 @@ def measure(cases: dict, rounds: int) -> dict:
 
     All cases take turns, so that a slower minute of the machine bends no curve.
     """
+    options = compiler_options(jax.default_backend())
     wrapped = {
-        (name, kind): (wrap(function), args)
+        (name, kind): (jax.jit(wrap(function), compiler_options=options), args)
         for name, (function, args) in cases.items()
         for kind, wrap in KINDS.items()
     }
-    calls = {key: partial(jax.jit(f), *args) for key, (f, args) in wrapped.items()}
+    calls = {key: partial(f, *args) for key, (f, args) in wrapped.items()}
     times = timing.clock(calls, rounds=rounds)
     found = {name: {} for name in cases}
     for (name, kind), (f, args) in wrapped.items():

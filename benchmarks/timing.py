@@ -132,6 +132,6 @@ def _processor():
 
 
 def temporaries(function: Callable, *args: Any) -> float:
-    """MB that the compiled function needs beside its arguments and results."""
-    memory = jax.jit(function).lower(*args).compile().memory_analysis()
+    """MB that the jitted function needs beside its arguments and results."""
+    memory = function.lower(*args).compile().memory_analysis()
     return memory.temp_size_in_bytes / 1e6

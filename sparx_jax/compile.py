@@ -354,6 +354,8 @@ def main(config: ConfigDict, workdir: str | None) -> None:
     """What the flags say."""
     del workdir
     devices, chip = find_devices(_TOPOLOGY.value)
+    if _TOPOLOGY.value != HERE:  # programs for devices that are not here cannot be read
+        jax.config.update("jax_enable_compilation_cache", False)
 
     def save(found):
         if _OUT.value:

@@ -24,11 +24,27 @@ def batch_on(mesh: Mesh, function: Callable) -> Callable:
     return inside
 
 
+def _named():
+    """The devices that `batch_on` names, if it does."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device
+
+
 def target_kind() -> str:
     """JAX's name of the devices that `batch_on` names, or else of the default ones."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    return (device or jax.devices()[0]).device_kind
+    return (_named() or jax.devices()[0]).device_kind
+
+
+def by_platform(*args: Any, default: Callable, **branches: Callable) -> Any:
+    """`lax.platform_dependent`, but traces one branch alone where `batch_on` names it.
+
+    Half of the tracing of a training step was for other platforms than its own.
+    """
+    maker = getattr(_named(), "device_kind", "").split(" ")[0]
+    platform = {"cpu": "cpu", "TPU": "tpu", "NVIDIA": "cuda"}.get(maker)
+    if platform is None:
+        return lax.platform_dependent(*args, default=default, **branches)
+    return branches.get(platform, default)(*args)
 
 
 def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparx_jax.ops import mosaic_depthwise, triton_depthwise
-from sparx_jax.ops.batch import shard_batch
+from sparx_jax.ops.batch import by_platform, shard_batch
 from sparx_jax.ops.mosaic_tpu import target_vmem
 from sparx_jax.typing import Array, Float
 
@@ -52,7 +52,7 @@ def depthwise_conv(
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _depthwise(x, kernel, bias, stride, residual):
     settings = dict(stride=stride, residual=residual)
-    return lax.platform_dependent(
+    return by_platform(
         x,
         kernel,
         bias,
@@ -69,7 +69,7 @@ def _forward(x, kernel, bias, stride, residual):
 def _backward(stride, residual, residuals, grad):
     settings = dict(stride=stride, residual=residual)
     *operands, bias = residuals
-    grads = lax.platform_dependent(
+    grads = by_platform(
         *operands,
         grad,
         cpu=shard_batch(partial(_shifted_sum_vjp, **settings), "b.b", "b++"),

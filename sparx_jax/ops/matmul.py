@@ -4,8 +4,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from sparx_jax.ops.batch import by_platform
 from sparx_jax.typing import Array, Float
 
 
@@ -41,7 +41,7 @@ def _backward(precision, operands, grad):
     def over_pixels(x, grad):
         return over_axes(*(t.reshape(-1, t.shape[-1]) for t in (x, grad)))
 
-    grad_kernel = lax.platform_dependent(x, grad, tpu=over_axes, default=over_pixels)
+    grad_kernel = by_platform(x, grad, tpu=over_axes, default=over_pixels)
     return grad_x, grad_kernel.astype(kernel.dtype)
 
 

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sparx_jax.ops.batch import shard_batch, target_kind
+from sparx_jax.ops.batch import by_platform, shard_batch, target_kind
 from sparx_jax.ops.scan import softplus_and_sigmoid
 from sparx_jax.typing import Array, Float
 
@@ -182,7 +182,7 @@ _scans.defvjp(_scans_forward, _scans_backward)
 
 def _on_tpu_or_interpreted(function, plan, *args):
     function = partial(function, plan)
-    return lax.platform_dependent(
+    return by_platform(
         *args,
         tpu=partial(function, interpret=False),
         default=partial(function, interpret=True),

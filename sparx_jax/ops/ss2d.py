@@ -6,10 +6,9 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from sparx_jax.ops import loop, mosaic_tpu, triton_gpu
-from sparx_jax.ops.batch import shard_batch, target_kind
+from sparx_jax.ops.batch import by_platform, shard_batch, target_kind
 from sparx_jax.ops.scan import ScanMethod, selective_scan
 from sparx_jax.typing import Array, Float
 
@@ -106,7 +105,7 @@ four_scans.defvjp(_forward, _backward)
 
 def _choose(method, on_cpu, elsewhere, *args):
     if method == "auto":
-        return lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
+        return by_platform(*args, cpu=on_cpu, default=elsewhere)
     return (on_cpu if method == "loop" else elsewhere)(*args)
 
 

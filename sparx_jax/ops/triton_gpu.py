@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from sparx_jax.ops.batch import shard_batch
+from sparx_jax.ops.batch import by_platform, shard_batch
 from sparx_jax.typing import Array, Float
 
 # Pixels that a program reads before it walks over them, and whose states the gradient
@@ -72,7 +72,7 @@ _scans.defvjp(_scans_forward, _scans_backward)
 
 
 def _on_gpu_or_interpreted(call, *args):
-    return lax.platform_dependent(
+    return by_platform(
         *args,
         cuda=partial(call, interpret=False),
         default=partial(call, interpret=True),

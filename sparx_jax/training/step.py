@@ -167,7 +167,7 @@ def jit_train_step(
         in_shardings=(replicated(mesh), shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
@@ -193,12 +193,12 @@ def compile_eval_step(
         batch_on(mesh, partial(eval_step, network.eval, config)),
         in_shardings=(state_shardings(weights, mesh), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 
-def _compiler_options(mesh):
+def compiler_options(platform: str) -> dict[str, str] | None:
     """On CPU YNNPACK for sums alone: Eigen's matrix products are the faster ones."""
-    if mesh.devices.flat[0].platform != "cpu":
+    if platform != "cpu":
         return None
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
