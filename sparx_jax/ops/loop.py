@@ -205,19 +205,17 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
         z, delta, decay, bc = _steps(way, index, delta, bc)
         b, c = bc[..., 0, :, None], bc[..., 1, :, None]
         x_t = _fill(x_t, _lines(x, index, axis))
-        grad_y = _fill(grad_y, _lines(grad, index, axis), 1)
+        grad_y = _fill(grad_y, _lines(grad, index, axis), 1)  # 0 before, as in `walk` h
         u = _fill(u, [delta[i] * x_t[i] for i in (0, 1)])
 
         h = _at(states, index, 0)[0][:, :, None]
-        walk = _fill(
-            _put(walk, h, 0, 2), [u[i][..., None, :] * b[i] for i in (0, 1)], 1
-        )
-        _, walk = _recur(h, decay, walk)
+        drives = [u[i][..., None, :] * b[i] for i in (0, 1)]
+        _, walk = _recur(h, decay, _fill(_put(walk, h, 0, 2), drives, 1))
 
         g = _fill(g, [grad_y[i, :, 1:, None] * c[i] for i in (0, 1)])
         last = grad_y[:, :, tokens:, None] * c[:, :, tokens - 1 :] + grad_h
 
-        def step(i, carry):
+        def step(i, carry):  # as in `_recur`, backwards
             t, (later, g) = tokens - 2 - i, carry
             now = _at(g, t, 2) + _at(decay, t + 1, 2) * later
             return now, _put(g, now, t, 2)
