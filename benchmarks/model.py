@@ -14,8 +14,8 @@ Swin-T, and the authors' SparX-Mamba-T, where `--peer_folder` is what peer.py ta
 `naive` is the network as a plain port of the authors' would compute it: four copies of
 the map scanned by `associative_scan`, XLA's depthwise convolutions, `jax.nn.gelu`,
 gradients all derived by JAX, and XLA's options as they are.  `share` is that of the
-core's rate in a matrix product, measured in turn with the steps, which multiply-adds of
-the network would need (three times those of the forward pass in training).
+core's rate in a matrix product, compiled like our steps and measured in turn with them,
+which multiply-adds of the network would need (in training three times the forward's).
 """
 
 import argparse
@@ -41,7 +41,11 @@ from sparx_jax.parallel import make_mesh
 from sparx_jax.training import state as states
 from sparx_jax.training.config import default_config, from_config_dict
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
-from sparx_jax.training.step import compile_eval_step, compile_train_step
+from sparx_jax.training.step import (
+    compile_eval_step,
+    compile_train_step,
+    compiler_options,
+)
 
 PEERS = {  # the options of peer.py for networks of the same name here
     "sparx_mamba_t": {
@@ -158,8 +162,10 @@ def measure(name, methods, args):
             compiling[method] = time.perf_counter() - start
         macs = networks[methods[0]].macs * {"evaluate": 1, "train": 3}[kind]
         if timing.on_cpu():
+            options = compiler_options(jax.default_backend())
             matrix = jnp.ones((SIDE, SIDE))
-            calls["product"] = partial(jax.jit(jnp.matmul), matrix, matrix)
+            product = jax.jit(jnp.matmul, compiler_options=options)
+            calls["product"] = partial(product, matrix, matrix)
         calls |= {peer: timing.Peer(process, kind) for peer, process in peers.items()}
         times = timing.clock(calls, rounds=args.rounds, seconds=args.seconds)
         product = times.pop("product", None)

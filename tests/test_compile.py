@@ -11,8 +11,16 @@ import pytest
 
 from sparx_jax import chips
 from sparx_jax.chips import CHIPS, find_devices
-from sparx_jax.compile import collectives, largest_batch, predict, table, traffic
+from sparx_jax.compile import (
+    collectives,
+    largest_batch,
+    predict,
+    report,
+    table,
+    traffic,
+)
 from sparx_jax.errors import UserError
+from sparx_jax.training.config import default_config
 from tests.training.jobs import CONFIG, ROOT
 
 LIBTPU = ROOT / ".cache/libtpu"
@@ -100,6 +108,23 @@ def test_unknown_devices_and_missing_compilers_are_told(monkeypatch):
     devices, chip = find_devices("here")
     assert devices == jax.devices() and chip.memory > 2**30
     assert all(chip.memory > 1e9 and chip.links for chip in CHIPS.values())
+
+
+def test_figures_are_saved_after_each_step(monkeypatch):
+    def compile_step(config, devices, kind):
+        if kind == "eval":
+            raise MemoryError
+        return {"peak": 1.0, "fits": True}
+
+    monkeypatch.setattr("sparx_jax.compile.compile_step", compile_step)
+    settings, saved = default_config(), []
+    settings.batch_size = settings.eval_batch_size = 8
+    save = lambda found: saved.append(json.dumps(found))  # noqa: E731
+    with pytest.raises(MemoryError):
+        report(settings, *find_devices("here"), [], False, save)
+    (found,) = map(json.loads, saved)
+    assert list(found["steps"]) == ["none"]
+    assert found["steps"]["none"]["train"]["peak"] == 1
 
 
 def rehearse(tmp_path, config, *flags, **env):
