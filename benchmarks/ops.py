@@ -5,7 +5,7 @@
 
 Ratios are times of the peer by ours, of the same run.  Peers: the same four scans by
 `associative_scan`; a port of the authors' SS2D that keeps four copies of the map; XLA's
-grouped convolution.  Both are compiled with the options of the training step.
+grouped convolution.  All are compiled with the options of the training step.
 """
 
 import argparse

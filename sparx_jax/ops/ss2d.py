@@ -41,7 +41,7 @@ def ss2d(
       triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later
       auto         the kernel of the devices that `batch_on` names, or else of the
                    default ones; where there is none, or not even a line fits a TPU's
-                   VMEM, loop on CPU and associative elsewhere, chosen when XLA lowers;
+                   VMEM, loop on CPU and associative elsewhere, as `by_platform` does;
                    or what the environment says in SPARX_JAX_SCAN_METHOD
     Raises ValueError for others, or if mosaic_tpu does not fit.
 
