@@ -3,7 +3,8 @@
     python -m benchmarks.ops --out=ops.json               # 8 pictures, float32, on CPU
     python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=ss2d      # on a GPU
 
-Ratios are times of the peer by ours, of the same run.  Peers: the same four scans by
+Ratios are times of the peer by ours, of the same run; the error is ours, forward, of
+one picture against the peer in float32.  Peers: the same four scans by
 `associative_scan`; a port of the authors' SS2D that keeps four copies of the map; XLA's
 grouped convolution.  All are compiled with the options of the training step.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks import timing
-from sparx_jax.ops import depthwise_conv, gelu, ss2d
+from sparx_jax.ops import depthwise_conv, gelu, ss2d, triton_gpu
 from sparx_jax.ops.ss2d import by_sequences, four_scans
 from sparx_jax.training.step import compiler_options
 
@@ -50,8 +51,9 @@ def map_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
 def scan_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
     """What is left of them when the first projection is made."""
     x, x_proj, dt_proj, *others = map_operands(stage, batch, dtype)
-    p = jnp.einsum("bhwd,kde->bhwke", x, x_proj.astype(dtype))
-    return x, p.reshape(*x.shape[:3], -1), dt_proj.astype(dtype), *others
+    x_proj, dt_proj = triton_gpu.aligned(x_proj.astype(dtype), dt_proj.astype(dtype), 1)
+    p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
+    return x, p.reshape(*x.shape[:3], -1), dt_proj, *others
 
 
 def naive_ss2d(x, x_proj, dt_proj, dt_bias, a, skip):
@@ -98,11 +100,13 @@ def with_gradient(function):
 
 def cases(batch: int, dtype: jnp.dtype, only: list[str]):
     """Name, ours, the peer, operands."""
+    gpu = jax.default_backend() == "gpu"
+    scans = triton_gpu.four_scans if gpu else partial(four_scans, "auto")
     for stage in STAGES:
         if "scan" in only:
             yield (
                 f"scans, stage {stage}",
-                partial(four_scans, "auto"),
+                scans,
                 partial(by_sequences, "associative"),
                 scan_operands(stage, batch, dtype),
             )
@@ -148,7 +152,15 @@ def compare(name, ours, peer, args, rounds):
             | {"ratio": ratio}
             | {f"{key} MB": timing.temporaries(f, *args) for key, f in compiled.items()}
         )
+    row["error"] = error_of(ours, peer, args)
     return row
+
+
+def error_of(ours, peer, args):
+    """Of one picture, against the peer in float32: root mean squares' ratio."""
+    first = [t[:1] if t.ndim == 4 else t for t in args]  # weights have 2 or 3 axes
+    want = jax.jit(peer)(*(t.astype(jnp.float32) for t in first))
+    return float(jnp.linalg.norm(jax.jit(ours)(*first) - want) / jnp.linalg.norm(want))
 
 
 def show(row):
@@ -161,7 +173,8 @@ def show(row):
         print(
             f"{row['name'] if kind == 'forward' else '':32}{kind:9}"
             f"{ours.median:9.2f} ({ours.least:.2f}-{ours.most:.2f}){peer}{ratio} x"
-            f"{found['ours MB']:9.0f}{found['peer MB']:9.0f}",
+            f"{found['ours MB']:9.0f}{found['peer MB']:9.0f}"
+            + (f"{row['error']:10.1e}" if kind == "forward" else ""),
             flush=True,
         )
 
@@ -177,7 +190,7 @@ def main() -> None:
     timing.pin()
     found = timing.conditions() | {"batch": args.batch, "dtype": args.dtype, "rows": []}
     print(", ".join(f"{k} {v}" for k, v in found.items() if k != "rows"))
-    print(f"{'':41}{'ms':>9} (least-most){'peer':>9}{'ratio':>7}{'MB':>10}{'peer':>9}")
+    print(f"{'':41}{'ms':>9} (least-most){'peer':>9}{'ratio':>7}{'MB':>10}{'peer':>9}{'error':>10}")
     for case in cases(args.batch, jnp.dtype(args.dtype), args.only.split(",")):
         found["rows"].append(compare(*case, args.rounds))
         show(found["rows"][-1])

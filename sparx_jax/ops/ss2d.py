@@ -38,7 +38,8 @@ def ss2d(
       loop         line by line with a hand-written gradient: for CPUs
       mosaic_tpu   TPU kernels for the four scans and the step sizes: one for a whole
                    map, one each way where it exceeds VMEM
-      triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later
+      triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later; forward by
+                   CUDA for bfloat16, one state and maps that fit shared memory
       auto         the kernel of the devices that `batch_on` names, or else of the
                    default ones; where there is none, or not even a line fits a TPU's
                    VMEM, loop on CPU and associative elsewhere, as `by_platform` does;
@@ -54,6 +55,8 @@ def ss2d(
     x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
     if method == "auto":
         method = _kernel(x, x_proj, a) or method
+    if method == "triton_gpu":
+        x_proj, dt_proj = triton_gpu.aligned(x_proj, dt_proj, a.shape[-1])
     # Projections act on single pixels: in the map's own order, for all directions.
     p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
     p = p.reshape(*p.shape[:3], -1)

@@ -1,4 +1,6 @@
-"""The four selective scans of a map as one GPU kernel each way, by Pallas and Triton.
+"""The four selective scans of a map as one GPU kernel each way.
+
+These are by Pallas and Triton; where it can, `cuda.py` does the forward scans.
 
 A program walks one direction over some channels of one picture, the state in registers:
 a pixel's channels lie side by side in memory, so rows and columns, forwards and
@@ -18,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from sparx_jax.ops.batch import by_platform, shard_batch
+from sparx_jax.ops import cuda
+from sparx_jax.ops.batch import by_platform, shard_batch, target_kind
 from sparx_jax.typing import Array, Float
 
 # Pixels that a program reads before it walks over them, and whose states the gradient
@@ -49,6 +52,20 @@ def four_scans(
     """
     weights = dt_proj, *(jnp.float32(t) for t in (dt_bias, jnp.swapaxes(a, 1, 2), d))
     return shard_batch(_scans, "bb....", "b")(x, p, *weights)
+
+
+def aligned(x_proj, dt_proj, n: int):
+    """Projections by which a pixel's numbers lie as the CUDA kernel needs them.
+
+    That is, with a direction's in multiples of 8: more inputs of its step sizes, zero.
+    """
+    rank = dt_proj.shape[1]
+    more = -(rank + 2 * n) % 8
+    if n > 1 or x_proj.dtype != jnp.bfloat16 or not more:
+        return x_proj, dt_proj
+    dt, bc = jnp.split(x_proj, [rank], -1)
+    dt = jnp.pad(dt, ((0, 0), (0, 0), (0, more)))
+    return jnp.concatenate([dt, bc], -1), jnp.pad(dt_proj, ((0, 0), (0, more), (0, 0)))
 
 
 # x: b h w d; p: b h w e; w: 4 r d; bias, d: 4 d; a: 4 n d.
@@ -266,16 +283,14 @@ def _backward_kernel(
         walk.write(sums, total, picture, k, i)
 
 
-def _call(kernel, x, p, w, bias, a, *more, outputs, interpret):
+def _call(kernel, x, p, w, bias, a, *more, steps, outputs, interpret):
     """Runs `kernel` for every direction, some channels, and every picture.
 
     Args:
-      outputs: from the number of chunks and of parts of the channels to shapes.
+      steps: pixels of a chunk.
+      outputs: from the number of parts of the channels to shapes.
     """
     batch, *size, dim = x.shape
-    n = a.shape[1]
-    most = STEPS if n == 1 else 2
-    steps = max(s for s in range(1, most + 1) if gcd(*size) % s == 0)
     kind = kernel.__name__.strip("_").removesuffix("_kernel")
     # A power of two, and one that divides the channels if that is a whole warp.
     block = min(CHANNELS[kind], dim & -dim)
@@ -286,7 +301,7 @@ def _call(kernel, x, p, w, bias, a, *more, outputs, interpret):
     return pl.pallas_call(
         partial(kernel, width=size[1], steps=steps, block=block, interpret=interpret),
         grid=(4, parts, batch),
-        out_shape=outputs(flat[0].shape[1] // steps, parts),
+        out_shape=outputs(parts),
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name=f"four_scans_{kind}",
@@ -296,16 +311,20 @@ def _call(kernel, x, p, w, bias, a, *more, outputs, interpret):
 @partial(jax.jit, static_argnames=("keep", "interpret"))
 def _forward(x, p, w, bias, a, d, *, keep=False, interpret):
     batch, height, width, dim = x.shape
-    y = jax.ShapeDtypeStruct((4, batch, height * width, dim), x.dtype)
-
-    def outputs(chunks, parts):
-        del parts
-        states = (4, batch, chunks, a.shape[1], dim)
-        return [y, jax.ShapeDtypeStruct(states, jnp.float32)] if keep else [y]
-
+    n, tokens = a.shape[1], height * width
+    program = cuda.program(x, p, n, keep=keep, kind=target_kind())
+    if program and not interpret:
+        return cuda.forward(program, x, p, w, bias, a, d)
+    most = STEPS if n == 1 else 2
+    steps = max(s for s in range(1, most + 1) if gcd(height, width) % s == 0)
+    if program and keep:  # one gradient for both
+        steps = program.steps
+    y = jax.ShapeDtypeStruct((4, batch, tokens, dim), x.dtype)
+    states = jax.ShapeDtypeStruct((4, batch, tokens // steps, n, dim), jnp.float32)
     y, *states = _call(
-        _forward_kernel, x, p, w, bias, a, outputs=outputs, interpret=interpret
-    )
+        _forward_kernel, x, p, w, bias, a,
+        steps=steps, outputs=lambda _: [y, states][: 1 + keep], interpret=interpret,
+    )  # fmt: skip
     skip = x.astype(jnp.float32) * d.sum(0)
     y = y.astype(jnp.float32).sum(0).reshape(x.shape) + skip
     # Or else XLA keeps the sum in float32 for those who read it.
@@ -317,8 +336,7 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
     batch, height, width, dim = x.shape
     (_, r, _), (_, n, _), tokens = w.shape, a.shape, height * width
 
-    def outputs(chunks, parts):
-        del chunks
+    def outputs(parts):
         each = jax.ShapeDtypeStruct((4, batch, tokens, dim), x.dtype)
         f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         bc = f32((parts, 4, batch, tokens, 2 * n))
@@ -327,7 +345,7 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
     flat = grad.reshape(batch, tokens, dim)
     grad_x, grad_z, grad_bc, sums = _call(
         _backward_kernel, x, p, w, bias, a, flat, states,
-        outputs=outputs, interpret=interpret,
+        steps=tokens // states.shape[2], outputs=outputs, interpret=interpret,
     )  # fmt: skip
     total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape)
     total += grad.astype(jnp.float32) * d.sum(0)

@@ -51,6 +51,7 @@ def value_and_grads(method, args):
 SHAPES = [
     ((3, 3, 5, 130, 3, 1), "float32"),  # channels of two blocks, one partial
     ((9, 2, 4, 8, 2, 1), "bfloat16"),  # pictures of two blocks
+    ((2, 4, 6, 16, 2, 1), "bfloat16"),  # forward by CUDA, had it a GPU
     ((2, 3, 2, 8, 2, 16), "float32"),
 ]
 
