@@ -1,7 +1,7 @@
 """The forward scans in CUDA: `four_scans.cu`, compiled where it is used.
 
-NVRTC, which comes with JAX for CUDA, makes PTX of it and XLA runs that: nothing is built
-when this package is installed.  A shape has a program of its own, of constants.
+NVRTC, which comes with JAX for CUDA, makes PTX of it and XLA runs that: nothing is
+built when this package is installed.  A shape has a program of its own.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -49,7 +51,7 @@ class Program(NamedTuple):
 
 
 def program(x, p, n: int, *, keep: bool, kind: str) -> Program | None:
-    """For a map `x` and its numbers `p` of four directions, or None if it can't do them.
+    """For a map `x` and its numbers `p`, or None if it can't do them.
 
     Args:
       keep: whether the states before every few pixels are wanted.
@@ -88,15 +90,18 @@ def forward(of: Program, x, p, w, bias, a, d):
 
 
 def operands(of: Program, x, p, w, bias, a, d):
-    """As `four_scans.cu` takes them."""
+    """As `four_scans.cu` takes them: x, p and what it calls constants."""
     batch, *_, dim = x.shape
     w = jnp.swapaxes(w.astype(jnp.float32) * _LOG2_E, 1, 2)
     w = jnp.pad(w, ((0, 0), (0, 0), (0, of.numbers - w.shape[-1])))[:, :, _order(of)]
     rough = w.astype(jnp.bfloat16)
     halves = rough, (w - rough.astype(jnp.float32)).astype(jnp.bfloat16)
+    pairs = jnp.stack(halves, 2).reshape(4, dim, of.numbers, 2)
+    skip = jnp.broadcast_to(d.sum(0) / _LN_2, bias.shape)
+    others = jnp.stack([bias * _LOG2_E, a.reshape(4, dim), skip], -1)
+    words = [lax.bitcast_convert_type(t, jnp.uint32) for t in (pairs, others)]
     x, p = (t.reshape(batch, -1, t.shape[-1]) for t in (x, p))
-    skip = d.sum(0) / _LN_2
-    return x, p, jnp.stack(halves, 1), bias * _LOG2_E, a.reshape(4, dim), skip
+    return x, p, jnp.concatenate(words, -1)
 
 
 def _order(of: Program) -> list[int]:
@@ -104,12 +109,13 @@ def _order(of: Program) -> list[int]:
 
     Threads 0 to 3 have two of each eight, and read theirs of 4, 2 or 1 eights at once.
     """
-    order, eights, begin = [], of.numbers // 8, 0
+    order, eights = [], of.numbers // 8
     for size in (4, 2, 1):
-        while eights - begin // 8 >= size:
-            thread = [[begin + 2 * size * q + i for i in range(2 * size)] for q in range(4)]
-            order += [n for i in range(size) for t in thread for n in t[2 * i :][:2]]
-            begin += 8 * size
+        while eights >= size:
+            begin = of.numbers - 8 * eights
+            theirs = np.arange(8 * size).reshape(4, size, 2) + begin
+            order += theirs.swapaxes(0, 1).ravel().tolist()
+            eights -= size
     return order
 
 

@@ -79,10 +79,9 @@ def on_cpu(of, operands, pictures, folder, descending):
     library = folder / f"{'_'.join(map(str, of))}.so"
     defines = [f"-D{k.upper()}={v}" for k, v in of._asdict().items()]
     if not library.exists():
-        subprocess.check_call(
-            [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", *defines]
-            + [f"-I{cuda.SOURCE.parent}", HERE / "four_scans_on_cpu.cpp", "-o", library]
-        )
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", f"-I{cuda.SOURCE.parent}"]
+        source = HERE / "four_scans_on_cpu.cpp"
+        subprocess.check_call([compiler, *flags, *defines, source, "-o", library])
     tokens = of.height * of.width
     y = np.zeros((pictures, tokens, of.dim), jnp.bfloat16)
     kept = tokens // of.steps if of.steps else 0
