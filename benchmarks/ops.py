@@ -190,9 +190,8 @@ def main() -> None:
     timing.pin()
     found = timing.conditions() | {"batch": args.batch, "dtype": args.dtype, "rows": []}
     print(", ".join(f"{k} {v}" for k, v in found.items() if k != "rows"))
-    print(
-        f"{'':41}{'ms':>9} (least-most){'peer':>9}{'ratio':>7}{'MB':>10}{'peer':>9}{'error':>10}"
-    )
+    heads = f"{'peer':>9}{'ratio':>7}{'MB':>10}{'peer':>9}{'error':>10}"
+    print(f"{'':41}{'ms':>9} (least-most){heads}")
     for case in cases(args.batch, jnp.dtype(args.dtype), args.only.split(",")):
         found["rows"].append(compare(*case, args.rounds))
         show(found["rows"][-1])

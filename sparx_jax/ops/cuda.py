@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -90,18 +89,15 @@ def forward(of: Program, x, p, w, bias, a, d):
 
 
 def operands(of: Program, x, p, w, bias, a, d):
-    """As `four_scans.cu` takes them: x, p and what it calls constants."""
+    """As `four_scans.cu` takes them."""
     batch, *_, dim = x.shape
     w = jnp.swapaxes(w.astype(jnp.float32) * _LOG2_E, 1, 2)
     w = jnp.pad(w, ((0, 0), (0, 0), (0, of.numbers - w.shape[-1])))[:, :, _order(of)]
     rough = w.astype(jnp.bfloat16)
     halves = rough, (w - rough.astype(jnp.float32)).astype(jnp.bfloat16)
-    pairs = jnp.stack(halves, 2).reshape(4, dim, of.numbers, 2)
-    skip = jnp.broadcast_to(d.sum(0) / _LN_2, bias.shape)
-    others = jnp.stack([bias * _LOG2_E, a.reshape(4, dim), skip], -1)
-    words = [lax.bitcast_convert_type(t, jnp.uint32) for t in (pairs, others)]
     x, p = (t.reshape(batch, -1, t.shape[-1]) for t in (x, p))
-    return x, p, jnp.concatenate(words, -1)
+    skip = d.sum(0) / _LN_2
+    return x, p, jnp.stack(halves, 1), bias * _LOG2_E, a.reshape(4, dim), skip
 
 
 def _order(of: Program) -> list[int]:

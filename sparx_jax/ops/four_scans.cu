@@ -14,21 +14,20 @@
 // pixel and direction (r, zeros, B and C, a multiple of 8 in all), RUN pixels, WARPS,
 // STEPS (pixels between the states that are written, 0 for none).
 
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-constexpr int TOKENS = HEIGHT * WIDTH, CHANNELS = 16;
-constexpr int OCTETS = NUMBERS / 8, CONSTANTS = NUMBERS + 3;
+constexpr int TOKENS = HEIGHT * WIDTH, CHANNELS = 16, OCTETS = NUMBERS / 8;
 constexpr int CHUNK = 4 * RUN, ROUND = CHUNK * WARPS;
 constexpr int ROUNDS = (TOKENS + ROUND - 1) / ROUND;
 constexpr int EVERY = STEPS ? STEPS : 1, KEPT = TOKENS / EVERY;
 // No run ends beyond the map; none begins there.
 constexpr bool WHOLE = TOKENS % RUN == 0, EXACT = TOKENS % ROUND == 0;
-// As many as registers allow for.
+// On a multiprocessor at once, as registers allow for.
 constexpr int BLOCKS = WARPS == 1 ? 12 : WARPS < 16 ? 16 / WARPS : 1;
-#ifndef EARLY
+// Whether they do for the numbers of the next chunk.
 constexpr bool EARLY = OCTETS <= 3;
-#endif
 // Shared memory has a gap after each run, lest the 4 runs of a warp meet in a bank.
 constexpr bool GAPS = WIDTH % RUN == 0 && HEIGHT % RUN == 0;
 constexpr int PITCH = GAPS ? WIDTH + WIDTH / RUN : WIDTH;
@@ -168,7 +167,8 @@ struct Run {
 
 struct Operands {
   const u32 *x, *p;  // of the picture, x of the block's channels
-  const u32 *constants;
+  const u16 *w;
+  const float *bias, *a, *skip;  // skip of the thread's channels
   u32 *y;
   float2 *states;
 };
@@ -241,17 +241,16 @@ __device__ inline void walk(const Operands &o, Shared &shared, u32 *maps, u32 *s
   // Rows of the matrix are channels: row g is 2 g of this block and row 8 + g is
   // 2 g + 1.  A weight is the sum of two bfloat16 numbers.
   u32 weights[2][OCTETS][2];
-  float bias[2], a[2], skip[2];
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
-    const u32 *row = o.constants + (DIRECTION * DIM + channel + c) * CONSTANTS;
-#pragma unroll
-    for (int i = 0; i < 2 * OCTETS; ++i)
-      weights[i / OCTETS][i % OCTETS][c] = row[4 * i + quarter];
-    bias[c] = __uint_as_float(row[NUMBERS]);
-    a[c] = __uint_as_float(row[NUMBERS + 1]);
-    skip[c] = __uint_as_float(row[NUMBERS + 2]);
+  for (int i = 0; i < 4 * OCTETS; ++i) {
+    int half = i / 2 % 2, row = (DIRECTION * 2 + half) * DIM + channel + i % 2;
+    weights[half][i / 4][i % 2] =
+        ((const u32 *)(o.w + row * NUMBERS + i / 4 * 8))[quarter];
   }
+  const float *at = o.bias + DIRECTION * DIM + channel;
+  const float bias[2] = {at[0], at[1]};
+  at = o.a + DIRECTION * DIM + channel;
+  const float a[2] = {at[0], at[1]};
   float2 *states = o.states + (u64)DIRECTION * gridDim.y * (KEPT * (DIM / 2));
 
   Run<DIRECTION> run(warp * CHUNK + quarter * RUN), theirs(warp * CHUNK + group / 2 * RUN);
@@ -356,7 +355,7 @@ __device__ inline void walk(const Operands &o, Shared &shared, u32 *maps, u32 *s
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         y[c] = (c ? high : low)(before);
-        if (DIRECTION == 0) y[c] *= skip[c];
+        if (DIRECTION == 0) y[c] *= o.skip[c];
         h[c] = fmaf(decay[j][c], h[c], drive[j][c]);
         y[c] = fmaf(c_n, h[c], y[c]);
         if (DIRECTION == 3) y[c] *= LN_2;
@@ -367,13 +366,12 @@ __device__ inline void walk(const Operands &o, Shared &shared, u32 *maps, u32 *s
   }
 }
 
-// x, y: pictures, TOKENS, DIM; p: pictures, TOKENS, 4, NUMBERS; constants: 4, DIM,
-// CONSTANTS, which are the weights of the numbers in the order of `Columns`, as two
-// bfloat16 numbers of which one is the rest, NUMBERS of each, and in float32 the bias,
-// both times log2(e), the rate a, and the skip weight of all directions over ln(2);
-// states: 4, pictures, TOKENS / STEPS, DIM.
+// x, y: pictures, TOKENS, DIM; p: pictures, TOKENS, 4, NUMBERS; w: 4, 2, DIM, NUMBERS in
+// the order of `Columns`, times log2(e); bias: 4, DIM, likewise; a: 4, DIM; skip: DIM,
+// over ln(2); states: 4, pictures, TOKENS / STEPS, DIM.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
-    four_scans(const u32 *x, const u32 *p, const u32 *constants, u32 *y
+    four_scans(const u32 *x, const u32 *p, const u16 *w, const float *bias,
+               const float *a, const float *skip, u32 *y
 #if STEPS
                , float2 *states
 #endif
@@ -384,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const int channel = blockIdx.x * CHANNELS + 2 * pair;
   const u64 picture = blockIdx.y, map = picture * (TOKENS * (DIM / 2)) + channel / 2;
   const Operands o = {
-      x + map - pair, p + picture * (TOKENS * (4 * NUMBERS / 2)), constants,
+      x + map - pair, p + picture * (TOKENS * (4 * NUMBERS / 2)), w, bias, a, skip + channel,
       y + map,
 #if STEPS
       states + picture * (KEPT * (DIM / 2)) + channel / 2

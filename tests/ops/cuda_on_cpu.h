@@ -1,8 +1,9 @@
 // Runs blocks of CUDA threads on a CPU, to test kernels where there is no GPU.
 //
-// The threads of a block are fibers that run in turn until they meet the others: at
-// __syncthreads and in the warp's own functions.  Run in ascending and in descending
-// order, a kernel that lacks a barrier gives two results.
+// The threads of a block are fibers.  A warp runs to the next __syncthreads before the
+// next warp may, its threads in turn until they meet in one of the warp's functions: in
+// ascending and in descending order, a kernel that lacks a barrier gives two results.
+// Asynchronous copies are made when they are waited for.
 
 #include <math.h>
 #include <stdlib.h>
@@ -26,17 +27,37 @@ struct dim3 { unsigned x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
+enum State { RUNNING, AT_BARRIER, FINISHED };
+
 static dim3 threadIdx, blockIdx, gridDim;
 static ucontext_t scheduler;
 static std::vector<ucontext_t> fibers;
-static std::vector<char> finished;
+static std::vector<State> states_of;
 static std::function<void()> body;
 static void *shared_memory;  // __shared__ of a size that is known at launch
 alignas(16) static char exchanged[1024][32];
+static std::vector<std::function<void()>> copies[1024];
 
-// Lets every other thread of the block come as far.
+// Lets the other threads of the warp come as far.
 inline void meet() { swapcontext(&fibers[threadIdx.x], &scheduler); }
-inline void __syncthreads() { meet(); }
+
+inline void __syncthreads() {
+  states_of[threadIdx.x] = AT_BARRIER;
+  meet();
+}
+
+// 16 bytes, aligned, as cp.async takes them.
+inline void copy(void *to, const void *from) {
+  if (((size_t)to | (size_t)from) % 16) abort();
+  copies[threadIdx.x].push_back([=] { memcpy(to, from, 16); });
+}
+
+// Of the whole warp.
+inline void wait_for_copies() {
+  for (auto &copy : copies[threadIdx.x]) copy();
+  copies[threadIdx.x].clear();
+  meet();
+}
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -73,7 +94,7 @@ inline T *guarded_copy(const T *data, size_t bytes, bool at_end) {
 
 inline void run_fiber() {
   body();
-  finished[threadIdx.x] = 1;
+  states_of[threadIdx.x] = FINISHED;
 }
 
 inline void run_block(int threads, bool descending) {
@@ -81,22 +102,33 @@ inline void run_block(int threads, bool descending) {
   constexpr int STACK = 1 << 16;
   while ((int)stacks.size() < threads) stacks.emplace_back(STACK);
   fibers.assign(threads, {});
-  finished.assign(threads, 0);
+  states_of.assign(threads, RUNNING);
   for (int i = 0; i < threads; ++i) {
+    copies[i].clear();
     getcontext(&fibers[i]);
     fibers[i].uc_stack.ss_sp = stacks[i].data();
     fibers[i].uc_stack.ss_size = STACK;
     fibers[i].uc_link = &scheduler;
     makecontext(&fibers[i], run_fiber, 0);
   }
-  for (int left = threads; left > 0;) {
-    left = 0;
-    for (int turn = 0; turn < threads; ++turn) {
-      int i = descending ? threads - 1 - turn : turn;
-      if (finished[i]) continue;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i]);
-      left += !finished[i];
+  auto in_order = [=](int turn, int count) { return descending ? count - 1 - turn : turn; };
+  for (bool left = true; left;) {
+    left = false;
+    for (int turn = 0; turn < threads / 32; ++turn) {
+      int warp = 32 * in_order(turn, threads / 32);
+      for (bool running = true; running;) {
+        running = false;
+        for (int lane = 0; lane < 32; ++lane) {
+          threadIdx.x = warp + in_order(lane, 32);
+          if (states_of[threadIdx.x] != RUNNING) continue;
+          swapcontext(&scheduler, &fibers[threadIdx.x]);
+          running |= states_of[threadIdx.x] == RUNNING;
+        }
+      }
+    }
+    for (auto &state : states_of) {
+      left |= state == AT_BARRIER;
+      if (state == AT_BARRIER) state = RUNNING;
     }
   }
 }

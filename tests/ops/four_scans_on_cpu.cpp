@@ -18,13 +18,6 @@ inline float shuffle_up(float value, int by) {
 
 inline unsigned shuffle(unsigned value, int lane) { return of_lane(value, lane); }
 
-// At once, but only 16 bytes that are aligned.
-inline void copy(void *to, const void *from) {
-  if (((size_t)to | (size_t)from) % 16) abort();
-  memcpy(to, from, 16);
-}
-inline void wait_for_copies() { meet(); }
-
 // As PTX describes the fragments of mma.m16n8k16.
 inline void multiply(float (&c)[4], const unsigned (&a)[2], const unsigned (&a_next)[2],
                      unsigned b, unsigned b_next) {
@@ -54,19 +47,23 @@ inline void multiply(float (&c)[4], const unsigned (&a)[2], const unsigned (&a_n
 
 // Once with the threads in ascending order and memory that ends where the arrays end,
 // once in descending order and with memory that begins where they begin.
-extern "C" void run(const u32 *x, const u32 *p, const u32 *constants, u32 *y,
-                    float2 *states, int pictures, int shared_bytes, int descending) {
+extern "C" void run(const u32 *x, const u32 *p, const u16 *w, const float *bias,
+                    const float *a, const float *skip, u32 *y, float2 *states,
+                    int pictures, int shared_bytes, int descending) {
   gridDim = {DIM / CHANNELS, (unsigned)pictures};
   const size_t map = (size_t)pictures * TOKENS, kept = 16ul * pictures * KEPT * DIM;
   const bool at_end = !descending;
   shared_memory = guarded(shared_bytes, at_end);
   x = guarded_copy(x, 2 * map * DIM, at_end);
   p = guarded_copy(p, 2 * map * 4 * NUMBERS, at_end);
-  constants = guarded_copy(constants, 16 * DIM * CONSTANTS, at_end);
+  w = guarded_copy(w, 16 * DIM * NUMBERS, at_end);
+  bias = guarded_copy(bias, 16 * DIM, at_end);
+  a = guarded_copy(a, 16 * DIM, at_end);
+  skip = guarded_copy(skip, 4 * DIM, at_end);
   u32 *y_out = (u32 *)guarded(2 * map * DIM, at_end);
   float2 *states_out = (float2 *)guarded(STEPS ? kept : 0, at_end);
   body = [=] {
-    four_scans(x, p, constants, y_out
+    four_scans(x, p, w, bias, a, skip, y_out
 #if STEPS
                , states_out
 #endif

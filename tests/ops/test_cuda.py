@@ -27,6 +27,7 @@ SHAPES = [
     (1, 5, 3, 16, 3),  # runs that end within a column
     (1, 9, 12, 32, 20),  # a last run that ends beyond the map
     (1, 28, 28, 16, 12),  # two rounds
+    (1, 40, 24, 16, 2),  # rounds that end within a row
     pytest.param((1, 56, 56, 16, 6), marks=pytest.mark.slow),
 ]
 
