@@ -55,7 +55,7 @@ _ABSENT_GPU = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_command_buffer": "",
 }
-_KERNELS = r'"(?:tpu_custom_call|__gpu\$xla\.gpu\.triton)"'
+_KERNELS = r'"(?:tpu_custom_call|__gpu\$xla\.gpu\.(?:triton|ptx))"'
 _MOVES_NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
 _COLLECTIVES = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
