@@ -253,7 +253,8 @@ __device__ inline void walk(const Operands &o, Shared &shared, u32 *maps, u32 *s
   const float a[2] = {at[0], at[1]};
   float2 *states = o.states + (u64)DIRECTION * gridDim.y * (KEPT * (DIM / 2));
 
-  Run<DIRECTION> run(warp * CHUNK + quarter * RUN), theirs(warp * CHUNK + group / 2 * RUN);
+  Run<DIRECTION> run(warp * CHUNK + quarter * RUN);
+  Run<DIRECTION> theirs(warp * CHUNK + group / 2 * RUN);  // of this thread's columns
   for (int round = 0; round < ROUNDS; ++round, run.advance()) {
     if (!EARLY && (DIRECTION || round)) columns.load(o, theirs);
     if (DIRECTION == 0) {
@@ -350,7 +351,8 @@ __device__ inline void walk(const Operands &o, Shared &shared, u32 *maps, u32 *s
             make_float2(LN_2 * h[0], LN_2 * h[1]);
       u32 *sum = sums + run.slot(j) * (CHANNELS / 2);
       // The first sum is of the channels themselves.
-      u32 before = !inside ? 0 : DIRECTION ? *sum : maps[run.slot(j) * (CHANNELS / 2) + group];
+      const u32 *read = DIRECTION ? sum : maps + run.slot(j) * (CHANNELS / 2) + group;
+      u32 before = inside ? *read : 0;
       float c_n = high(bc[j]), y[2];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
