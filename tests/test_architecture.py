@@ -13,7 +13,7 @@ ALLOWED = {
     "typing": set(),
     "errors": set(),
     "checks": {"errors"},
-    "ops": {"typing"},
+    "ops": {"typing", "errors"},
     "layers": {"ops", "typing"},
     "models": {"layers", "ops", "typing", "errors", "checks"},
     "data": {"errors"},
