@@ -1,7 +1,7 @@
 """Our operations against XLA's own, at the four stages of SparX-Mamba-T.
 
     python -m benchmarks.ops --out=ops.json               # 8 pictures, float32, on CPU
-    python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=ss2d      # on a GPU
+    python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=scan,ss2d  # on a GPU
 
 Ratios are times of the peer by ours, of the same run; the error is ours, forward, of
 one picture against the peer in float32.  Peers: the same four scans by

@@ -78,13 +78,18 @@ def program(x, p, n: int, *, keep: bool, kind: str) -> Program | None:
     # The gradient walks along whole lines, and needs a state before each few steps.
     steps = max(s for s in range(1, 9) if gcd(height, width, run) % s == 0)
     found = Program(*shape, -(-chunks // rounds), steps * keep)
-    needed = found.shared_bytes + 300 * found.warps  # the kernel's own, about
+    needed = found.shared_bytes + 256 * found.warps + 128  # `Shared` of the kernel
     return found if needed <= limit else None
 
 
 def forward(of: Program, x, p, w, bias, a, d):
     """y, and the states before every few pixels if `of` keeps them."""
-    y, *states = _four_scans.bind(*operands(of, x, p, w, bias, a, d), of=of)
+
+    @jax.custom_batching.sequential_vmap
+    def scans(*args):
+        return tuple(_four_scans.bind(*args, of=of))
+
+    y, *states = scans(*operands(of, x, p, w, bias, a, d))
     return y.reshape(x.shape), *states
 
 

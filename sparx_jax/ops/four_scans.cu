@@ -10,6 +10,9 @@
 // lanes by shuffles and over the warps in shared memory.  Then they scan once more, from
 // the right state.
 //
+// Arithmetic is in float32, but the sum of the directions is rounded to bfloat16 after
+// each: shared memory has no room for more.
+//
 // To be defined when it is compiled: HEIGHT, WIDTH of the map, DIM channels, NUMBERS of a
 // pixel and direction (r, zeros, B and C, a multiple of 8 in all), RUN pixels, WARPS,
 // STEPS (pixels between the states that are written, 0 for none).
@@ -25,7 +28,7 @@ constexpr int EVERY = STEPS ? STEPS : 1, KEPT = TOKENS / EVERY;
 // No run ends beyond the map; none begins there.
 constexpr bool WHOLE = TOKENS % RUN == 0, EXACT = TOKENS % ROUND == 0;
 // On a multiprocessor at once, as registers allow for.
-constexpr int BLOCKS = WARPS == 1 ? 12 : WARPS < 16 ? 16 / WARPS : 1;
+constexpr int BLOCKS = WARPS == 1 ? 12 : 16 / WARPS;
 // Whether they do for the numbers of the next chunk.
 constexpr bool EARLY = OCTETS <= 3;
 // Shared memory has a gap after each run, lest the 4 runs of a warp meet in a bank.
@@ -384,8 +387,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   const int channel = blockIdx.x * CHANNELS + 2 * pair;
   const u64 picture = blockIdx.y, map = picture * (TOKENS * (DIM / 2)) + channel / 2;
   const Operands o = {
-      x + map - pair, p + picture * (TOKENS * (4 * NUMBERS / 2)), w, bias, a, skip + channel,
-      y + map,
+      x + map - pair, p + picture * (TOKENS * (4 * NUMBERS / 2)), w, bias, a,
+      skip + channel, y + map,
 #if STEPS
       states + picture * (KEPT * (DIM / 2)) + channel / 2
 #endif

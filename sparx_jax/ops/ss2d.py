@@ -39,7 +39,8 @@ def ss2d(
       mosaic_tpu   TPU kernels for the four scans and the step sizes: one for a whole
                    map, one each way where it exceeds VMEM
       triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later; forward by
-                   CUDA for bfloat16, one state and maps that fit shared memory
+                   CUDA for bfloat16, one state and maps that fit shared memory, where
+                   the sum of the directions is rounded to bfloat16 after each
       auto         the kernel of the devices that `batch_on` names, or else of the
                    default ones; where there is none, or not even a line fits a TPU's
                    VMEM, loop on CPU and associative elsewhere, as `by_platform` does;

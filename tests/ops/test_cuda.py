@@ -7,6 +7,7 @@ a plain recurrence in float64.  On a GPU it was run by benchmarks/gpu.sh.
 import ctypes
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -147,10 +148,14 @@ def test_what_it_cannot_do_is_left_to_triton(shape, dtype, n, kind):
     assert cuda.program(possible, p, 1, keep=False, kind=kind)
 
 
-def test_nvrtc_compiles_it_for_a_gpu_that_is_not_there():
+@pytest.mark.parametrize("batched", [False, True])
+def test_nvrtc_compiles_it_for_a_gpu_that_is_not_there(batched):
     args = draw(1, 7, 7, 16, 6)
     of = cuda.program(*args[:2], 1, keep=True, kind=H100)
-    traced = jax.jit(lambda *args: cuda.forward(of, *args)).trace(*args)
+    run = partial(cuda.forward, of)
+    if batched:
+        run, args = jax.vmap(run), [t[None] for t in args]
+    traced = jax.jit(run).trace(*args)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "__gpu$xla.gpu.ptx" in text
     assert ".version 7.8" in text
