@@ -23,7 +23,12 @@ from sparx_jax.parallel import make_mesh
 from sparx_jax.training import state as states
 from sparx_jax.training.config import default_config, from_config_dict
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
-from sparx_jax.training.step import compile_train_step, cross_entropy, normalize
+from sparx_jax.training.step import (
+    compile_train_step,
+    cross_entropy,
+    normalize,
+    smooth_targets,
+)
 
 
 def functions(name, image_size, batch_size):
@@ -33,7 +38,7 @@ def functions(name, image_size, batch_size):
     settings.data.image_size, settings.batch_size = image_size, batch_size
     config = from_config_dict(settings)
     schedule = learning_rate(config.optimizer, 10, 100)
-    optimizer, mesh = make_optimizer(config.optimizer, schedule), make_mesh(1, 1)
+    optimizer, mesh = make_optimizer(config.optimizer), make_mesh(1, 1)
     network, weights = states.split(models.build(config.model, 0))
     state = states.TrainState(
         jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights.params)
@@ -46,7 +51,8 @@ def functions(name, image_size, batch_size):
         model = states.merge(network.train, weights._replace(params=params))
         images = normalize(batch["image"], config.data.mean, config.data.std)
         logits = model(images, key=jax.random.key(0))
-        return cross_entropy(logits, batch["label"]).mean()
+        targets = smooth_targets(batch["label"], config.model.num_classes)
+        return cross_entropy(logits, targets).mean()
 
     step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     return {

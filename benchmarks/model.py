@@ -111,7 +111,7 @@ class Network:
         settings.mixing.mixup, settings.mixing.cutmix = 0.8, 1.0
         config = from_config_dict(settings)
         schedule = learning_rate(config.optimizer, 10, 100)
-        optimizer = make_optimizer(config.optimizer, schedule)
+        optimizer = make_optimizer(config.optimizer)
         mesh = make_mesh(1, 1, jax.devices()[:1])
         network, weights = states.split(models.build(config.model, 0))
         state = states.TrainState(

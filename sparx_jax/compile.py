@@ -76,7 +76,7 @@ def compile_step(config: Config, devices: list[jax.Device], kind: str) -> dict:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     schedule = learning_rate(config.optimizer, 1, 2)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer)
     network, state = states.init_abstract(
         config.model, optimizer, use_ema=config.use_ema, mesh=mesh
     )

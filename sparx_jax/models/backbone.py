@@ -1,6 +1,7 @@
 """The hierarchical backbone: stem, four wired stages, classifier."""
 
 import functools
+import math
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -261,9 +262,13 @@ class Backbone(nnx.Module):
         with self._precision():
             x = self.stem(images.astype(self.config.dtype))
             layers, draws = [], None
-            if key is not None:  # at once: dozens of draws take long to compile
+            if key is not None:
                 shape = len(self.stages), max(self.config.depths), 2, len(images)
-                draws = jax.random.uniform(jax.random.fold_in(key, 0), shape)
+                # At once and of one axis: XLA:CPU unrolls short axes, which took it
+                # eight times as long, and dozens of draws longer still.
+                size = (math.prod(shape),)
+                draws = jax.random.uniform(jax.random.fold_in(key, 0), size)
+                draws = draws.reshape(shape)
             call = _recompute(Stage.__call__, self.config.remat == "stage")
             for i, stage in enumerate(self.stages):
                 if i:

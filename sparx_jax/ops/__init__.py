@@ -1,6 +1,6 @@
 """Pure functions of arrays: one contract each, several backends, jax only."""
 
-from sparx_jax.ops.batch import batch_on
+from sparx_jax.ops.batch import batch_on, by_platform
 from sparx_jax.ops.depthwise import depthwise_conv
 from sparx_jax.ops.gelu import gelu
 from sparx_jax.ops.matmul import matmul
@@ -12,6 +12,7 @@ __all__ = [
     "MapScanMethod",
     "batch_norm",
     "batch_on",
+    "by_platform",
     "depthwise_conv",
     "gelu",
     "group_norm",

@@ -123,7 +123,9 @@ def _grouped_conv_vjp(x, kernel, grad, **settings):
 def _pad(x, index, padded):
     """Picture `index` into the middle of `padded`, whose border stays zero."""
     pad = (len(padded) - x.shape[1]) // 2
-    image = lax.dynamic_index_in_dim(x, index, keepdims=False)
+    image = lax.dynamic_index_in_dim(
+        x, index, keepdims=False, allow_negative_indices=False
+    )
     return lax.dynamic_update_slice(padded, image, (pad, pad, 0))
 
 
@@ -150,7 +152,9 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
                 total += window(i, j, stride) * kernel[i, j]
         total = total if bias is None else total + bias
         total = window(k // 2, k // 2, 1) + total if residual else total
-        return padded, lax.dynamic_update_index_in_dim(y, total, index, 0)
+        return padded, lax.dynamic_update_index_in_dim(
+            y, total, index, 0, allow_negative_indices=False
+        )
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.

@@ -18,10 +18,9 @@ from sparx_jax.errors import UserError
 
 AXES = ("data", "fsdp")
 # (pattern of an array's path in the training state, how it lies on the mesh); the
-# first match counts.  An average lies as its parameter does.
+# first match counts.  Averages and moments lie as their parameter does.
 RULES: tuple[tuple[str, Literal["split", "copy"]], ...] = (
     (r"\.(kernel|\w+_proj)$", "split"),
-    (r"/(mu|nu)/\w+$", "split"),  # moments: see `make_optimizer`
     (r"", "copy"),
 )
 # Smaller arrays are copied to every device: splitting them saves nothing.

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sparx_jax.errors import StorageError, UserError
+from sparx_jax.parallel import leaf_name
 from sparx_jax.parallel.processes import together
 from sparx_jax.training.config import changes
 from sparx_jax.training.fingerprint import differing, fingerprints
@@ -217,12 +218,14 @@ class Checkpoints:
                 f"checkpoint {step} in {self.path} was saved without a moving average: "
                 "set config.use_ema=False, and in eval.py --weights=raw."
             )
+        with self._damage(step):
+            saved = {name: dict(meta["fingerprints"][name]) for name in targets}
+        self._check_arrays(step, saved, targets)
         args = {
             k: ocp.args.StandardRestore(abstract(item)) for k, item in targets.items()
         }
         with self._damage(step):
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-            saved = {name: meta["fingerprints"][name] for name in targets}
         for name in targets:
             if wrong := differing(saved[name], fingerprints(restored[name])):
                 raise DamagedError(
@@ -280,6 +283,17 @@ class Checkpoints:
                 f"{'; '.join(differing)}; use the config it was trained with "
                 "or another --workdir."
             )
+
+    def _check_arrays(self, step, saved, targets):
+        for name, item in targets.items():
+            leaves = jax.tree_util.tree_leaves_with_path(item)
+            if other := saved[name].keys() ^ {leaf_name(path) for path, _ in leaves}:
+                raise UserError(
+                    f"checkpoint {step} in {self.path} has other arrays in {name} than "
+                    f"this run, {len(other)} such as {min(other)}: it is of another "
+                    "config.optimizer or version of sparx_jax. Give another --workdir, "
+                    "and this one as config.init_from to start from its weights."
+                )
 
 
 def _as_item(weights):

@@ -89,7 +89,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     schedule = learning_rate(
         config.optimizer, lengths.warmup_steps, lengths.schedule_steps
     )
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer)
     network, state = states.init(
         config.model, optimizer, seed=config.seed, use_ema=config.use_ema, mesh=mesh
     )

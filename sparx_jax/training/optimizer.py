@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 from sparx_jax.errors import UserError
 from sparx_jax.training.config import OptimizerConfig
@@ -20,10 +19,6 @@ WEIGHT_DECAY_RULES = (
     (r"\.position_bias$", False),  # exempt in Swin's trainer
     (r"\.(kernel|x_proj|dt_proj|dt_bias|a_log)$", True),
 )
-
-# Of the optimizer's vectors, whatever the mesh, so that any `fsdp` can split them.
-LENGTH_MULTIPLE = 1024
-_PADDING = "~"  # to that length; behind the names of all parameters
 
 
 def is_decayed(path: str) -> bool:
@@ -92,38 +87,42 @@ def learning_rate(config: OptimizerConfig, warmup_steps: int, total_steps: int):
     )
 
 
+def gradient_norm(grads: dict[str, Array]) -> Array:
+    """The global norm; biases and scales, which are many and short, as one vector."""
+    short = [grad for grad in grads.values() if grad.ndim == 1]
+    rest = [grad for grad in grads.values() if grad.ndim != 1]
+    return optax.tree.norm([jnp.concatenate(short), *rest] if short else rest)
+
+
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
+    config: OptimizerConfig,
+) -> optax.GradientTransformationExtraArgs:
     """AdamW of Loshchilov and Hutter after clipping by the global gradient norm.
 
+    `update` needs `learning_rate` and `grad_norm`, scalars that its caller has anyway.
     Gradients and updates are those of the `trainable` parameters alone. With layer
     decay the updates, weight decay included, shrink with the layers up to the head.
-    Works on two long vectors, of the decayed parameters and of the others: arithmetic
-    on each of hundreds of arrays by itself takes XLA longer to compile than the
-    gradient of a small network.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm)
-    inner = optax.chain(
-        clip if config.clip_norm else optax.identity(),
-        optax.adamw(
-            schedule,
+
+    def adamw(learning_rate):
+        return optax.adamw(
+            learning_rate,
             config.beta1,
             config.beta2,
             config.eps,
             weight_decay=config.weight_decay,
-            mask={"decayed": True, "free": False},
-        ),
-    )
+            mask=lambda params: {path: is_decayed(path) for path in params},
+        )
 
     def init(params):
-        return inner.init(_vectors(trainable(params, config.frozen))[0])
+        return adamw(0.0).init(trainable(params, config.frozen))
 
-    def update(grads, state, params):
-        vectors, split = _vectors(grads)
+    def update(grads, state, params, *, learning_rate, grad_norm):
+        if config.clip_norm:
+            scale = jnp.minimum(1.0, config.clip_norm / grad_norm)
+            grads = {path: scale * grad for path, grad in grads.items()}
         trained = {path: params[path] for path in grads}
-        updates, state = inner.update(vectors, state, _vectors(trained)[0])
-        updates = split(updates)
+        updates, state = adamw(learning_rate).update(grads, state, trained)
         if config.layer_decay < 1:
             layers = layer_numbers(params)
             above = {path: max(layers.values()) - layers[path] for path in updates}
@@ -132,26 +131,4 @@ def make_optimizer(
             }
         return updates, state
 
-    return optax.GradientTransformation(init, update)
-
-
-def gradient_norm(grads: dict[str, Array]) -> Array:
-    """The global norm, of the vectors that the optimizer makes too."""
-    return optax.tree.norm(_vectors(grads)[0])
-
-
-def _vectors(arrays):
-    """The arrays as one vector per weight-decay group, and how to undo that."""
-    groups = {"decayed": {}, "free": {}}
-    for path, array in arrays.items():
-        groups["decayed" if is_decayed(path) else "free"][path] = array
-    for group in groups.values():
-        size = sum(array.size for array in group.values())
-        group[_PADDING] = jnp.zeros(-size % LENGTH_MULTIPLE)
-    raveled = {name: ravel_pytree(group) for name, group in groups.items()}
-
-    def split(vectors):
-        parts = [back(vectors[name]) for name, (_, back) in raveled.items()]
-        return {p: a for part in parts for p, a in part.items() if p != _PADDING}
-
-    return {name: vector for name, (vector, _) in raveled.items()}, split
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -60,7 +60,7 @@ def batch_stats(model: models.Backbone) -> dict[str, Array]:
 
 def init(
     config: models.ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     seed: int,
     use_ema: bool,
@@ -77,7 +77,7 @@ def init(
 
 def init_abstract(
     config: models.ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     *,
     use_ema: bool,
     mesh: Mesh,

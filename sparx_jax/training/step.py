@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 
 from sparx_jax.layers.norm import BatchNorm
-from sparx_jax.ops import batch_on
+from sparx_jax.ops import batch_on, by_platform
 from sparx_jax.parallel import batch_sharding, replicated, state_shardings
 from sparx_jax.training.config import Config
 from sparx_jax.training.mixing import erase, mix
@@ -54,7 +55,7 @@ def cross_entropy(
 def train_step(
     graphdef: nnx.GraphDef,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     seed: Array,
     state: TrainState,
@@ -64,8 +65,8 @@ def train_step(
 
     The loss is the mean over the examples, each with its weight: the targets carry it,
     so that a mixture of two pictures learns only from the one that could be read.
-    Where the loss or the gradient is not finite only the step number and the
-    schedule's move on: no NaN gets into the state.
+    Where the loss or the gradient is not finite only the step number moves on: no NaN
+    gets into the state.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     targets = smooth_targets(
@@ -91,30 +92,49 @@ def train_step(
     gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
     trained = trainable(params, frozen)
     (loss, stats), grads = gradient(trained)
-    grad_norm = gradient_norm(grads)
+    rate, grad_norm = schedule(state.step), gradient_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    def if_finite(new, old):
-        counter = jnp.issubdtype(new.dtype, jnp.integer)
-        return new if counter else jnp.where(finite, new, old)
+    def move(grads, stats, old):
+        weights, ema, opt_state = old
+        params = weights.params
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, params)
-    weights = Weights(params | optax.apply_updates(trained, updates), stats)
-    weights, opt_state = jax.tree.map(
-        if_finite, (weights, opt_state), (state.weights, state.opt_state)
-    )
-    ema = state.ema
-    if ema is not None:
-        rate = 1.0 - config.ema_decay
-        move = lambda old, new: if_finite(old + rate * (new - old), old)  # noqa: E731
-        ema = jax.tree.map(move, ema, weights)
+        def update():
+            updates, moments = optimizer.update(
+                grads, opt_state, params, learning_rate=rate, grad_norm=grad_norm
+            )
+            moved = optax.apply_updates({path: params[path] for path in grads}, updates)
+            return Weights(params | moved, stats), moments
+
+        weights, opt_state = lax.cond(finite, update, lambda: (weights, opt_state))
+        if ema is not None:  # by itself, or its kernels would compute the update again
+            follow = partial(optax.incremental_update, step_size=1.0 - config.ema_decay)
+            keep = lambda _, ema: ema  # noqa: E731
+            ema = lax.cond(finite, follow, keep, weights, ema)
+        return weights, ema, opt_state
+
+    old = state.weights, state.ema, state.opt_state
+    new = by_platform(grads, stats, old, cpu=_raveled(move), default=move)
     metrics = {
         "train_loss": loss,
-        "learning_rate": schedule(state.step),
+        "learning_rate": rate,
         "grad_norm": grad_norm,
         "skipped": ~finite,
     }
-    return TrainState(state.step + 1, weights, ema, opt_state), metrics
+    return TrainState(state.step + 1, *new), metrics
+
+
+def _raveled(move):
+    """`move` on arrays of one axis.
+
+    XLA:CPU compiles equal kernels once, and there are fewer sizes than shapes.
+    """
+
+    def on_vectors(*args):
+        new = move(*jax.tree.map(jnp.ravel, args))
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), new, args[-1])
+
+    return on_vectors
 
 
 def _freeze_statistics(model, frozen):
@@ -151,7 +171,7 @@ def eval_step(
 def jit_train_step(
     network: Network,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     state: TrainState,
     mesh: Mesh,
@@ -174,7 +194,7 @@ def jit_train_step(
 def compile_train_step(
     network: Network,
     config: Config,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
     state: TrainState,
     mesh: Mesh,

@@ -65,7 +65,7 @@ def run():
     setup = prepare(tiny_settings())
     config, mesh = setup.config, setup.mesh
     schedule = learning_rate(config.optimizer, 2, 12)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer)
 
     def init():
         return states.init(

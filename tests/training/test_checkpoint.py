@@ -55,7 +55,8 @@ def flip(item):
     def damage(step):
         for path in data_files(step / item):
             content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 8
+            for place in range(len(content) // 32, len(content), len(content) // 16):
+                content[place] ^= 8  # some hit what is obsolete
             path.write_bytes(content)
 
     return damage
@@ -80,9 +81,9 @@ def without_meta(step):
 
 
 DAMAGES = {
-    "a flipped bit in each file of params": flip("params"),
-    "a flipped bit in each file of ema": flip("ema"),
-    "a flipped bit in each file of optimizer": flip("optimizer"),
+    "flipped bits in each file of params": flip("params"),
+    "flipped bits in each file of ema": flip("ema"),
+    "flipped bits in each file of optimizer": flip("optimizer"),
     "truncated files": truncate,
     "an empty folder": empty,
     "a half-copied folder": half_copied,
@@ -128,22 +129,29 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
-    """Orbax itself restores it: without the fingerprint nothing would be told."""
+    """Orbax itself restores it: without the fingerprint nothing would be told.
+
+    A bit of a tree that is obsolete changes nothing.
+    """
     workdir = str(shutil.copytree(finished, tmp_path / "run"))
     step = Path(workdir) / "checkpoints" / "12"
     data = max(data_files(step / "optimizer"), key=lambda path: path.stat().st_size)
     told = []
     content, model = data.read_bytes(), as_dict(run.config)["model"]
     checkpoints = Checkpoints(workdir, read_only=True)
+    whole = digest(checkpoints.restore(12, run.init(), model))
     for place in range(len(content) // 20, len(content), len(content) // 6):
         damaged = bytearray(content)
         damaged[place] ^= 1
         data.write_bytes(damaged)
-        with pytest.raises(DamagedError) as error:
-            checkpoints.restore(12, run.init(), model)
-        told.append(str(error.value))
+        try:
+            state = checkpoints.restore(12, run.init(), model)
+        except DamagedError as error:
+            told.append(str(error))
+        else:
+            assert digest(state) == whole
     checkpoints.close()
-    assert any("optimizer 1/0/mu/decayed" in t or "1/0/nu/decayed" in t for t in told)
+    assert any(re.search(r"optimizer 0/[mn]u/[\w.]+\.kernel", t) for t in told), told
 
 
 def test_training_goes_on_from_the_step_before_with_the_same_bits(
@@ -208,6 +216,17 @@ def test_a_write_that_fails_is_told_at_the_next_save(run, tmp_path, monkeypatch)
     checkpoints.close()
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused_and_stays(finished, run):
+    """Such as one with the moments in two vectors, of before 2026-11-27."""
+    state, model = run.init(), as_dict(run.config)["model"]
+    some = run.optimizer.init(dict(list(state.weights.params.items())[:3]))
+    checkpoints = Checkpoints(finished, read_only=True)
+    with pytest.raises(UserError, match=r"arrays in optimizer than .* such as 0/mu"):
+        checkpoints.restore_latest(state._replace(opt_state=some), model)
+    checkpoints.close()
+    assert not (Path(finished) / "damaged").exists()
+
+
 def test_a_step_whose_loss_is_not_finite_changes_nothing(run, batch):
     state = run.init()
     params = dict(state.weights.params)
@@ -218,5 +237,5 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing(run, batch):
     after, metrics = run.train_step(state, batch)
     assert bool(metrics["skipped"])
     changed = [k for k, v in digest(after).items() if v != before[k]]
-    assert all("count" in k or k == ".step" for k in changed) and len(changed) == 3
+    assert changed == [".step"]
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), after.ema))

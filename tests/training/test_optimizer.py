@@ -31,7 +31,7 @@ def test_a_run_without_warm_up_starts_at_the_full_rate():
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_the_optimizer_is_adamw_of_the_clipped_gradient(clip_norm):
     config = OptimizerConfig(weight_decay=0.1, clip_norm=clip_norm)
-    optimizer = make_optimizer(config, lambda step: 0.01 * (step + 1))
+    optimizer = make_optimizer(config)
     rng = np.random.default_rng(0)
     shapes = {"a.kernel": (3, 4), "a.bias": (4,), "b.skip": (2, 3), "b.a_log": (2, 1)}
     params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
@@ -43,9 +43,11 @@ def test_the_optimizer_is_adamw_of_the_clipped_gradient(clip_norm):
     )
     for step in range(1, 4):
         grads = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
         norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in grads.values()))
+        updates, state = optimizer.update(
+            grads, state, params, learning_rate=0.01 * step, grad_norm=norm
+        )
+        params = optax.apply_updates(params, updates)
         scale = min(1.0, clip_norm / norm) if clip_norm else 1.0
         for k, g in grads.items():
             g = g * scale
