@@ -140,7 +140,7 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
 
     def one(index, carry):
         padded, y = carry
-        padded = _pad(x, index, padded)
+        padded = _pad(y if stride == 1 else x, index, padded)
 
         def window(i, j, stride):
             end = (i + height * stride + 1, j + width * stride + 1, c)
@@ -158,7 +158,8 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
-    y = jnp.zeros((b, height + 1, width + 1, c), x.dtype)
+    # Where they have one shape, the results take the places of the pictures.
+    y = x if stride == 1 else jnp.zeros((b, height + 1, width + 1, c), x.dtype)
     return lax.fori_loop(0, b, one, (_padded(x, k), y))[1]
 
 
