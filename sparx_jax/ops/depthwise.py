@@ -134,73 +134,89 @@ def _padded(x, k):
     return jnp.zeros((h + k - 1, w + k - 1, c), x.dtype)
 
 
+def _middle(padded, k):
+    end = (side - k // 2 for side in padded.shape[:2])
+    return lax.slice(padded, (k // 2, k // 2, 0), (*end, padded.shape[2]))
+
+
+def _correlate(padded, kernel, stride=1):
+    k, (h, w, c) = len(kernel), padded.shape
+    total = 0
+    for i in range(k):
+        for j in range(k):
+            end = (h - k + 1 + i, w - k + 1 + j, c)
+            window = lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
+            total += window * kernel[i, j]
+    return total
+
+
+def _write(maps, image, index):
+    return lax.dynamic_update_index_in_dim(
+        maps, image, index, 0, allow_negative_indices=False
+    )
+
+
 def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
-    height, width = (h - 1) // stride, (w - 1) // stride
 
     def one(index, carry):
         padded, y = carry
         padded = _pad(y if stride == 1 else x, index, padded)
-
-        def window(i, j, stride):
-            end = (i + height * stride + 1, j + width * stride + 1, c)
-            return lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
-
-        total = 0
-        for i in range(k):
-            for j in range(k):
-                total += window(i, j, stride) * kernel[i, j]
+        total = _correlate(padded, kernel, stride)
         total = total if bias is None else total + bias
-        total = window(k // 2, k // 2, 1) + total if residual else total
-        return padded, lax.dynamic_update_index_in_dim(
-            y, total, index, 0, allow_negative_indices=False
-        )
+        total = _middle(padded, k) + total if residual else total
+        return padded, _write(y, total, index)
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
     # Where they have one shape, the results take the places of the pictures.
-    y = x if stride == 1 else jnp.zeros((b, height + 1, width + 1, c), x.dtype)
+    shape = b, (h - 1) // stride + 1, (w - 1) // stride + 1, c
+    y = x if stride == 1 else jnp.zeros(shape, x.dtype)
     return lax.fori_loop(0, b, one, (_padded(x, k), y))[1]
 
 
 def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
     _, height, width, _ = grad.shape
-
-    # Input: scatter the gradient back onto the input's grid, then correlate with the
-    # mirrored filter.
-    spread = grad
-    if stride > 1:
+    if stride > 1:  # back onto the input's grid
         rest = lambda size, out: size - 1 - (out - 1) * stride  # noqa: E731
         interior = (0, rest(h, height), stride - 1), (0, rest(w, width), stride - 1)
         zero = jnp.zeros((), grad.dtype)
-        spread = lax.pad(grad, zero, ((0, 0, 0), *interior, (0, 0, 0)))
-    grad_x = _shifted_sum(spread, kernel[::-1, ::-1], stride=1, residual=residual)
+        grad = lax.pad(grad, zero, ((0, 0, 0), *interior, (0, 0, 0)))
+    mirrored, pad, span = kernel[::-1, ::-1], k // 2, (width - 1) * stride + 1
 
-    # Filter: one pass over the output rows that keeps the k x k x width x c products in
-    # cache; k * k separate reductions would read both maps k * k times.
-    span = (width - 1) * stride + 1
+    def one(index, carry):
+        padded, padded_grad, grads, *totals = carry
+        padded, padded_grad = _pad(x, index, padded), _pad(grads, index, padded_grad)
 
-    def add_image(index, carry):
-        padded, totals = carry
-        padded = _pad(x, index, padded)
-
+        # Filter: one pass over the output rows that keeps the k x k x width x c
+        # products in cache; k * k reductions would read both maps k * k times.
         def add_row(row, totals):
-            start, size = (index, row, 0, 0), (1, 1, width, c)
-            grad_row = lax.dynamic_slice(grad, start, size)[0].astype(jnp.float32)
-            rows = lax.dynamic_slice_in_dim(padded, row * stride, k)
+            start, size = (pad + row * stride, pad, 0), (1, span, c)
+            grad_row = lax.dynamic_slice(
+                padded_grad, start, size, allow_negative_indices=False
+            )[:, ::stride].astype(jnp.float32)
+            rows = lax.dynamic_slice_in_dim(
+                padded, row * stride, k, allow_negative_indices=False
+            )
             # Copies: XLA:CPU reads the loop's counter anew for every element, and then
             # vectorises nothing; 3 x 3 filters took three times as long.
             rows, grad_row = lax.optimization_barrier((rows, grad_row))
-            return tuple(
+            *taps, bias = totals
+            taps = [
                 total + rows[:, j : j + span : stride] * grad_row
-                for j, total in enumerate(totals)
-            )
+                for j, total in enumerate(taps)
+            ]
+            return [*taps, bias + grad_row]
 
-        return padded, lax.fori_loop(0, height, add_row, totals)
+        totals = lax.fori_loop(0, height, add_row, totals)
+        # Input: its gradient takes the place of the output's.
+        total = _correlate(padded_grad, mirrored)
+        total = _middle(padded_grad, k) + total if residual else total
+        return [padded, padded_grad, _write(grads, total, index), *totals]
 
-    zeros = jnp.zeros((k, width, c), jnp.float32)
-    start = _padded(x, k), (zeros,) * k
-    _, totals = lax.fori_loop(0, b, add_image, start)
-    grad_kernel = jnp.stack(totals, 1).sum(2).astype(kernel.dtype)
-    return grad_x, grad_kernel, grad.sum((0, 1, 2))
+    taps = [jnp.zeros((k, width, c), jnp.float32)] * k
+    start = [_padded(x, k), _padded(grad, k), grad, *taps, taps[0][:1]]
+    _, _, grad_x, *taps, bias = lax.fori_loop(0, b, one, start)
+    grad_kernel = jnp.stack(taps, 1).sum(2).astype(kernel.dtype)
+    return grad_x, grad_kernel, bias.sum((0, 1)).astype(grad.dtype)
