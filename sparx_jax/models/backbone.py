@@ -264,10 +264,10 @@ class Backbone(nnx.Module):
             layers, draws = [], None
             if key is not None:
                 shape = len(self.stages), max(self.config.depths), 2, len(images)
-                # At once and of one axis: XLA:CPU unrolls short axes, which took it
-                # eight times as long, and dozens of draws longer still.
-                size = (math.prod(shape),)
-                draws = jax.random.uniform(jax.random.fold_in(key, 0), size)
+                # At once, and of two axes: XLA:CPU unrolls short axes, which took it
+                # four times as long, and dozens of draws longer still.
+                shape_2d = math.prod(shape[:3]), len(images)
+                draws = jax.random.uniform(jax.random.fold_in(key, 0), shape_2d)
                 draws = draws.reshape(shape)
             call = _recompute(Stage.__call__, self.config.remat == "stage")
             for i, stage in enumerate(self.stages):
