@@ -264,8 +264,9 @@ class Backbone(nnx.Module):
             layers, draws = [], None
             if key is not None:
                 shape = len(self.stages), max(self.config.depths), 2, len(images)
-                # At once, and of two axes: XLA:CPU unrolls short axes, which took it
-                # four times as long, and dozens of draws longer still.
+                # At once: dozens of draws take long to compile.  XLA:CPU unrolls short
+                # axes, hence two instead of four; of one, a batch split over devices
+                # would not stay split.
                 shape_2d = math.prod(shape[:3]), len(images)
                 draws = jax.random.uniform(jax.random.fold_in(key, 0), shape_2d)
                 draws = draws.reshape(shape)

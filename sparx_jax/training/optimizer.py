@@ -88,7 +88,7 @@ def learning_rate(config: OptimizerConfig, warmup_steps: int, total_steps: int):
 
 
 def gradient_norm(grads: dict[str, Array]) -> Array:
-    """The global norm; biases and scales, which are many and short, as one vector."""
+    """The global norm; the many short arrays as one, or each has kernels of its own."""
     short = [grad for grad in grads.values() if grad.ndim == 1]
     rest = [grad for grad in grads.values() if grad.ndim != 1]
     return optax.tree.norm([jnp.concatenate(short), *rest] if short else rest)

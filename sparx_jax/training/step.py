@@ -108,9 +108,12 @@ def train_step(
 
         weights, opt_state = lax.cond(finite, update, lambda: (weights, opt_state))
         if ema is not None:  # by itself, or its kernels would compute the update again
-            follow = partial(optax.incremental_update, step_size=1.0 - config.ema_decay)
-            keep = lambda _, ema: ema  # noqa: E731
-            ema = lax.cond(finite, follow, keep, weights, ema)
+            share = 1.0 - config.ema_decay
+            # The average of a frozen weight stays that weight; the sum of two products
+            # in optax.incremental_update would drift away by rounding.
+            follow = lambda old, new: old + share * (new - old)  # noqa: E731
+            average = partial(jax.tree.map, follow)
+            ema = lax.cond(finite, average, lambda old, _: old, ema, weights)
         return weights, ema, opt_state
 
     old = state.weights, state.ema, state.opt_state

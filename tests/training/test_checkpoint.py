@@ -56,7 +56,7 @@ def flip(item):
         for path in data_files(step / item):
             content = bytearray(path.read_bytes())
             for place in range(len(content) // 32, len(content), len(content) // 16):
-                content[place] ^= 8  # some hit what is obsolete
+                content[place] ^= 8  # one alone may hit an obsolete tree
             path.write_bytes(content)
 
     return damage

@@ -270,11 +270,13 @@ def test_what_is_frozen_keeps_its_bits_and_its_statistics(run, batch):
     for _ in range(2):
         state, metrics = step(state, batch)
     assert np.isfinite(metrics["train_loss"])
-    after = flat(state.weights)
+    after, average = flat(state.weights), flat(state.ema)
     no_past = "stages.3.blocks.0.mixer.a_log"  # its map has one pixel
     for path in after.keys() - {no_past}:
         same = after[path].tobytes() == before[path].tobytes()
         assert same == is_frozen(path, optimizer_config.frozen), path
+        if same:
+            assert average[path].tobytes() == before[path].tobytes(), path
     assert {"stem.norms.0.mean", "downsamples.0.norm.mean"} <= after.keys()
 
 
