@@ -4,7 +4,7 @@
     python -m benchmarks.costs --write    # accept them: benchmarks/costs.json
 
 Of a training step as JAX hands it to XLA: operations, a loop's counted once, and
-instructions, by which the time to compile grows.  Of single operations with their
+instructions, those of a function counted once, by which the time to trace grows.  Of single operations with their
 gradients, compiled for CPU: temporaries.  A test holds them to 2 % of the record.
 """
 

@@ -156,6 +156,7 @@ def _write(maps, image, index):
     )
 
 
+@partial(jax.jit, static_argnames=("stride", "residual"))  # keeps a shape's trace
 def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
 
@@ -175,6 +176,7 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
     return lax.fori_loop(0, b, one, (_padded(x, k), y))[1]
 
 
+@partial(jax.jit, static_argnames=("stride", "residual"))
 def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
     _, height, width, _ = grad.shape

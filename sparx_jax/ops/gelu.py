@@ -10,6 +10,7 @@ from sparx_jax.typing import Array, Float
 
 
 @jax.custom_vjp
+@jax.jit  # keeps the trace of a shape
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """x times the normal distribution's cumulative function at x, as torch has it.
 
@@ -27,6 +28,7 @@ def _forward(x):
     return gelu(x), x
 
 
+@jax.jit
 def _backward(x, grad):
     wide = _widen(x)
     density = jnp.exp(-0.5 * wide * wide) * (1 / sqrt(2 * pi))

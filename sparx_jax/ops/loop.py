@@ -38,6 +38,7 @@ class _Way(NamedTuple):
     a: Float[Array, "2 1 1 n d"]
 
 
+@jax.jit  # keeps the trace of a shape
 def forward(x, p, dt_proj, dt_bias, a, d):
     """The sum of the scans in the dtype of `x`, and the states before all lines.
 
@@ -52,6 +53,7 @@ def forward(x, p, dt_proj, dt_bias, a, d):
     return y.astype(x.dtype), tuple(states)
 
 
+@jax.jit
 def backward(x, p, dt_proj, dt_bias, a, d, states, grad):
     """Gradients of all operands, in their dtypes."""
     x32, grad32 = x.astype(jnp.float32), grad.astype(jnp.float32)
@@ -162,7 +164,6 @@ def _state(way):
     return jnp.zeros((2, way.bc.shape[2], 1, *way.a.shape[-2:]))
 
 
-@partial(jax.jit, static_argnums=4)  # keeps the trace of a shape
 def _walk(x, y, way, memory, axis):
     def line(index, carry):
         y, states, h, (delta, bc, walk) = carry
@@ -195,7 +196,6 @@ def _more_memory(memory):
     return [*memory, delta, walk[:, :, :, 0], delta, walk[:, :, 1:]]
 
 
-@partial(jax.jit, static_argnums=6)
 def _walk_back(x, grad, grad_x, way, states, memory, axis):
     tokens = x.shape[3 - axis]
 

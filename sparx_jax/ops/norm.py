@@ -60,6 +60,7 @@ def layer_norm(
     return _normalize(x, scale, bias, (3,), eps)[0]
 
 
+@partial(jax.jit, static_argnums=(3, 4))  # keeps the trace of a shape
 def _forward(x, scale, bias, axes, eps):
     x32 = x.astype(jnp.float32)
     mean, variance = moments(x32, axes)
@@ -78,6 +79,7 @@ def _save(x, scale, bias, axes, eps):
     return results, (x, scale, *results[1:])
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _backward(axes, eps, saved, grads):
     x, scale, mean, variance = saved
     grad, centred = grads[0].astype(jnp.float32), x.astype(jnp.float32) - mean

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -104,31 +106,36 @@ def make_optimizer(
     decay the updates, weight decay included, shrink with the layers up to the head.
     """
 
-    def adamw(learning_rate):
-        return optax.adamw(
-            learning_rate,
-            config.beta1,
-            config.beta2,
-            config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: {path: is_decayed(path) for path in params},
-        )
+    betas_eps = config.beta1, config.beta2, config.eps
+    adam = optax.scale_by_adam(*betas_eps)
 
     def init(params):
-        return adamw(0.0).init(trainable(params, config.frozen))
+        mask = lambda params: {path: is_decayed(path) for path in params}  # noqa: E731
+        adamw = optax.adamw(0.0, *betas_eps, mask=mask)
+        return adamw.init(trainable(params, config.frozen))
+
+    @partial(jax.jit, static_argnums=0)  # hundreds of arrays, but fewer shapes
+    def update_one(decayed, grad, mu, nu, param, count, scale, rate):
+        state = optax.ScaleByAdamState(count, mu, nu)
+        update, state = adam.update(scale * grad, state)
+        if decayed:
+            update += config.weight_decay * param
+        return -rate * update, state.mu, state.nu
 
     def update(grads, state, params, *, learning_rate, grad_norm):
+        scale = 1.0
         if config.clip_norm:
-            scale = jnp.minimum(1.0, config.clip_norm / grad_norm)
-            grads = {path: scale * grad for path, grad in grads.items()}
-        trained = {path: params[path] for path in grads}
-        updates, state = adamw(learning_rate).update(grads, state, trained)
-        if config.layer_decay < 1:
-            layers = layer_numbers(params)
-            above = {path: max(layers.values()) - layers[path] for path in updates}
-            updates = {
-                p: u * config.layer_decay ** above[p] for p, u in updates.items()
-            }
-        return updates, state
+            scale = jnp.minimum(scale, config.clip_norm / grad_norm)
+        layers = layer_numbers(params) if config.layer_decay < 1 else {}
+        head = max(layers.values(), default=0)
+        (count, mu, nu), *others = state
+        moved = {}
+        for path, grad in grads.items():
+            rate = learning_rate * config.layer_decay ** (head - layers.get(path, head))
+            arrays = grad, mu[path], nu[path], params[path]
+            moved[path] = update_one(is_decayed(path), *arrays, count, scale, rate)
+        updates, mu, nu = ({p: m[i] for p, m in moved.items()} for i in range(3))
+        adam_state = optax.ScaleByAdamState(optax.safe_increment(count), mu, nu)
+        return updates, (adam_state, *others)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -111,7 +111,7 @@ def train_step(
             share = 1.0 - config.ema_decay
             # The average of a frozen weight stays that weight; the sum of two products
             # in optax.incremental_update would drift away by rounding.
-            follow = lambda old, new: old + share * (new - old)  # noqa: E731
+            follow = jax.jit(lambda old, new: old + share * (new - old))
             average = partial(jax.tree.map, follow)
             ema = lax.cond(finite, average, lambda old, _: old, ema, weights)
         return weights, ema, opt_state
