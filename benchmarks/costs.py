@@ -4,8 +4,9 @@
     python -m benchmarks.costs --write    # accept them: benchmarks/costs.json
 
 Of a training step as JAX hands it to XLA: operations, a loop's counted once, and
-instructions, those of a function counted once, by which the time to trace grows.  Of single operations with their
-gradients, compiled for CPU: temporaries.  A test holds them to 2 % of the record.
+instructions, those of a function counted once, by which the time to trace grows.
+Of single operations with their gradients, compiled for CPU: temporaries.  A test holds
+them to 2 % of the record.
 """
 
 import argparse

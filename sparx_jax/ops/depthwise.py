@@ -17,6 +17,7 @@ from jax import lax
 from sparx_jax.ops import mosaic_depthwise, triton_depthwise
 from sparx_jax.ops.batch import by_platform, shard_batch
 from sparx_jax.ops.mosaic_tpu import target_vmem
+from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
 
 
@@ -129,8 +130,8 @@ def _pad(x, index, padded):
     return lax.dynamic_update_slice(padded, image, (pad, pad, 0))
 
 
-def _padded(x, k):
-    _, h, w, c = x.shape
+def _padded(x, kernel):
+    (_, h, w, _), (k, _, c) = x.shape, kernel.shape
     return jnp.zeros((h + k - 1, w + k - 1, c), x.dtype)
 
 
@@ -159,21 +160,22 @@ def _write(maps, image, index):
 @partial(jax.jit, static_argnames=("stride", "residual"))  # keeps a shape's trace
 def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
     k, (b, h, w, c) = kernel.shape[0], x.shape
+    kernel = skewed(kernel)
 
     def one(index, carry):
         padded, y = carry
         padded = _pad(y if stride == 1 else x, index, padded)
         total = _correlate(padded, kernel, stride)
-        total = total if bias is None else total + bias
         total = _middle(padded, k) + total if residual else total
-        return padded, _write(y, total, index)
+        total = total[..., :c]
+        return padded, _write(y, total if bias is None else total + bias, index)
 
     # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
     # Where they have one shape, the results take the places of the pictures.
     shape = b, (h - 1) // stride + 1, (w - 1) // stride + 1, c
     y = x if stride == 1 else jnp.zeros(shape, x.dtype)
-    return lax.fori_loop(0, b, one, (_padded(x, k), y))[1]
+    return lax.fori_loop(0, b, one, (_padded(x, kernel), y))[1]
 
 
 @partial(jax.jit, static_argnames=("stride", "residual"))
@@ -185,7 +187,7 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
         interior = (0, rest(h, height), stride - 1), (0, rest(w, width), stride - 1)
         zero = jnp.zeros((), grad.dtype)
         grad = lax.pad(grad, zero, ((0, 0, 0), *interior, (0, 0, 0)))
-    mirrored, pad, span = kernel[::-1, ::-1], k // 2, (width - 1) * stride + 1
+    mirrored, pad, span = skewed(kernel[::-1, ::-1]), k // 2, (width - 1) * stride + 1
 
     def one(index, carry):
         padded, padded_grad, grads, *totals = carry
@@ -198,9 +200,8 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
             grad_row = lax.dynamic_slice(
                 padded_grad, start, size, allow_negative_indices=False
             )[:, ::stride].astype(jnp.float32)
-            rows = lax.dynamic_slice_in_dim(
-                padded, row * stride, k, allow_negative_indices=False
-            )
+            start, size = (row * stride, 0, 0), (k, padded.shape[1], c)
+            rows = lax.dynamic_slice(padded, start, size, allow_negative_indices=False)
             # Copies: XLA:CPU reads the loop's counter anew for every element, and then
             # vectorises nothing; 3 x 3 filters took three times as long.
             rows, grad_row = lax.optimization_barrier((rows, grad_row))
@@ -215,10 +216,11 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
         # Input: its gradient takes the place of the output's.
         total = _correlate(padded_grad, mirrored)
         total = _middle(padded_grad, k) + total if residual else total
-        return [padded, padded_grad, _write(grads, total, index), *totals]
+        grads = _write(grads, total[..., :c], index)
+        return [padded, padded_grad, grads, *totals]
 
     taps = [jnp.zeros((k, width, c), jnp.float32)] * k
-    start = [_padded(x, k), _padded(grad, k), grad, *taps, taps[0][:1]]
+    start = [_padded(x, mirrored), _padded(grad, mirrored), grad, *taps, taps[0][:1]]
     _, _, grad_x, *taps, bias = lax.fori_loop(0, b, one, start)
     grad_kernel = jnp.stack(taps, 1).sum(2).astype(kernel.dtype)
     return grad_x, grad_kernel, bias.sum((0, 1)).astype(grad.dtype)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparx_jax.ops.scan import softplus_and_sigmoid
+from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
@@ -33,8 +34,8 @@ class _Way(NamedTuple):
     z: Float[Array, "l 2 b*t r+1"]
     """Inputs of the step sizes, and 1 for the bias."""
     bc: Float[Array, "l 2 b t 2 n"]
-    weights: Float[Array, "2 r+1 d"]
-    """`z @ weights` is the step size before softplus."""
+    weights: Float[Array, "2 r+1 d2"]
+    """`z @ weights` is the step size before softplus; skewed."""
     a: Float[Array, "2 1 1 n d"]
 
 
@@ -75,7 +76,7 @@ def backward(x, p, dt_proj, dt_bias, a, d, states, grad):
 def _prepare(p, dt_proj, dt_bias, a, *, axis):
     batch, height, width, _ = p.shape
     ways = slice(axis - 1, None, 2)  # rows are 0 and 2, columns 1 and 3
-    weights = jnp.concatenate([dt_proj[ways], dt_bias[ways][:, None]], 1)
+    weights = skewed(jnp.concatenate([dt_proj[ways], dt_bias[ways][:, None]], 1))
     p = p.astype(jnp.float32).reshape(batch, height, width, 4, -1)[..., ways, :]
     p = p.transpose(axis, 3, 0, 3 - axis, 4)  # l 2 b t e
     p = jnp.stack([p[:, 0], p[::-1, 1, :, ::-1]], 1)
@@ -130,7 +131,8 @@ def _add_lines(total, parts, index, axis):
 
 def _steps(way, index, delta, bc):
     """Of two lines z @ weights, the step sizes, decays, B and C, by token."""
-    z = _matmul(_at(way.z, index, 0)[0], way.weights).reshape(delta.shape)
+    z = _matmul(_at(way.z, index, 0)[0], way.weights)
+    z = z.reshape(*delta.shape[:-1], -1)[..., : delta.shape[-1]]
     delta = _fill(delta, [softplus_and_sigmoid(one)[0] for one in z])
     decay = jnp.exp(delta[..., None, :] * way.a)  # 2 b t n d
     return z, delta, decay, _fill(bc, _at(way.bc, index, 0)[0])
@@ -189,18 +191,18 @@ def _sum(x):
 
 
 def _more_memory(memory):
-    """For lines, their gradient, products with the step sizes, gradients of h."""
+    """For lines, their gradient, products with the step sizes, gradients of h and z."""
     if len(memory) > 3:
         return memory
     delta, _, walk = memory
-    return [*memory, delta, walk[:, :, :, 0], delta, walk[:, :, 1:]]
+    return [*memory, delta, walk[:, :, :, 0], delta, walk[:, :, 1:], skewed(delta)]
 
 
 def _walk_back(x, grad, grad_x, way, states, memory, axis):
     tokens = x.shape[3 - axis]
 
     def line(j, carry):
-        grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, g) = carry
+        grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, g, flat) = carry
         index = len(states) - 1 - j
         z, delta, decay, bc = _steps(way, index, delta, bc)
         b, c = bc[..., 0, :, None], bc[..., 1, :, None]
@@ -227,7 +229,8 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
         grad_u = (g * b).sum(3)
         grad_z = (grad_log * way.a).sum(3) + grad_u * x_t
         grad_z *= softplus_and_sigmoid(z)[1]
-        flat = grad_z.reshape(2, -1, grad_z.shape[-1])
+        flat = _put(flat, grad_z, 0, 0)
+        grad_z = flat.reshape(2, -1, flat.shape[-1])
         grad_b = _matmul(g, u[..., None])
         grad_c = _matmul(walk, grad_y[..., None])[:, :, 1:]
 
@@ -236,16 +239,16 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
 
         z_in = _at(way.z, index, 0)[0]
         grads = _Way(
-            z=put(grads.z, _matmul(flat, way.weights.swapaxes(1, 2))),
+            z=put(grads.z, _matmul(grad_z, way.weights.swapaxes(1, 2))),
             bc=put(grads.bc, jnp.stack([grad_b, grad_c], 3)[..., 0]),
-            weights=grads.weights + _matmul(z_in.swapaxes(1, 2), flat),
+            weights=grads.weights + _matmul(z_in.swapaxes(1, 2), grad_z),
             a=grads.a + grad_log * delta[..., None, :],
         )
         grad_x = _add_lines(grad_x, grad_u * delta, index, axis)
         grad_h = first * _at(decay, 0, 2)
-        return grad_x, grads, grad_h, [delta, bc, walk, x_t, grad_y, u, g]
+        return grad_x, grads, grad_h, [delta, bc, walk, x_t, grad_y, u, g, flat]
 
-    grads = jax.tree.map(jnp.zeros_like, way._replace(a=memory[-1]))
+    grads = jax.tree.map(jnp.zeros_like, way._replace(a=memory[-2]))
     carry = grad_x, grads, _state(way), memory
     grad_x, grads, _, memory = lax.fori_loop(0, len(states), line, carry)
     a = grads.a.sum((1, 2), keepdims=True)

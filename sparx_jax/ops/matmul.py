@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sparx_jax.ops.batch import by_platform
+from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
 
 
@@ -41,7 +42,10 @@ def _backward(precision, operands, grad):
     def over_pixels(x, grad):
         return over_axes(*(t.reshape(-1, t.shape[-1]) for t in (x, grad)))
 
-    grad_kernel = by_platform(x, grad, tpu=over_axes, default=over_pixels)
+    def on_cpu(x, grad):
+        return over_pixels(x, skewed(grad))[:, : grad.shape[-1]]
+
+    grad_kernel = by_platform(x, grad, cpu=on_cpu, tpu=over_axes, default=over_pixels)
     return grad_x, grad_kernel.astype(kernel.dtype)
 
 

@@ -145,6 +145,11 @@ def test_residual_adds_the_input(backend):
     check(backend, 5, 1, 6, 3, "float32", residual=True)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_channels_of_whole_half_pages(stride):
+    check("default", 3, stride, 3, 4, "float32", 512, residual=stride == 1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_storage_loses_only_rounding(backend):
     check(backend, 5, 1, 6, 3, "bfloat16", residual=True)

@@ -89,6 +89,10 @@ def test_the_loop_takes_maps_of_one_line(size):
     assert_equal("loop", operands(2, *size, 5, 2, 3, "float32"), TOLERANCE["float32"])
 
 
+def test_the_loop_takes_channels_of_whole_half_pages():
+    assert_equal("loop", operands(1, 2, 3, 512, 2, 1, "float32"), TOLERANCE["float32"])
+
+
 def assert_equal(method, args, tolerance):
     expected = value_and_grads("sequential", args)
     found = value_and_grads(method, args)

@@ -8,13 +8,15 @@ import pytest
 from sparx_jax.ops import matmul
 
 X = np.random.default_rng(0).standard_normal((2, 5, 3, 6), np.float32)
-KERNEL = np.random.default_rng(1).standard_normal((6, 4), np.float32)
+KERNEL = np.random.default_rng(1).standard_normal((6, 512), np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pixels", [(2, 5, 3), (30,)])
-def test_values_and_gradients_are_those_of_jax(pixels, dtype):
-    x, kernel = jnp.asarray(X.reshape(*pixels, 6), dtype), jnp.asarray(KERNEL, dtype)
+@pytest.mark.parametrize("dim", [4, 512])
+def test_values_and_gradients_are_those_of_jax(pixels, dtype, dim):
+    x = jnp.asarray(X.reshape(*pixels, 6), dtype)
+    kernel = jnp.asarray(KERNEL[:, :dim], dtype)
     (y, vjp), (expected, reference) = (
         jax.vjp(function, x, kernel) for function in (matmul, jnp.matmul)
     )
