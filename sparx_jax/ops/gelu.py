@@ -32,7 +32,10 @@ def _forward(x):
 def _backward(x, grad):
     wide = _widen(x)
     density = jnp.exp(-0.5 * wide * wide) * (1 / sqrt(2 * pi))
-    return ((grad * (_share(wide) + wide * density)).astype(x.dtype),)
+    # Equal to 0.5 + 0.5 erf(x / sqrt 2), but not to XLA, which else would compute it in
+    # the forward pass alone and keep a map of it in memory until here.
+    share = 0.5 - 0.5 * lax.erf(wide * -sqrt(0.5))
+    return ((grad * (share + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_forward, _backward)
