@@ -229,7 +229,7 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
         grad_u = (g * b).sum(3)
         grad_z = (grad_log * way.a).sum(3) + grad_u * x_t
         grad_z *= softplus_and_sigmoid(z)[1]
-        flat = _put(flat, grad_z, 0, 0)
+        flat = _put(flat, grad_z, 0, 0)  # into skewed rows
         grad_z = flat.reshape(2, -1, flat.shape[-1])
         grad_b = _matmul(g, u[..., None])
         grad_c = _matmul(walk, grad_y[..., None])[:, :, 1:]

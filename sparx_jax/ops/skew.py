@@ -10,7 +10,7 @@ def skewed(x: Float[Array, "*rows c"]) -> Float[Array, "*rows c2"]:
 
     Addresses 4096 bytes apart share the 8 or 12 lines of one place in the first cache.
     What reads a column of many rows then finds none of them there again: a depthwise
-    5 x 5 of 1024 channels took 6 times as long, an Eigen matrix product twice.
+    5 x 5 of 1024 channels took 3 to 6 times as long, an Eigen matrix product twice.
     """
     *rows, c = x.shape
     size = x.dtype.itemsize

@@ -104,6 +104,7 @@ def make_optimizer(
     `update` needs `learning_rate` and `grad_norm`, scalars that its caller has anyway.
     Gradients and updates are those of the `trainable` parameters alone. With layer
     decay the updates, weight decay included, shrink with the layers up to the head.
+    The state has the form of `optax.adamw`'s.
     """
 
     betas_eps = config.beta1, config.beta2, config.eps
