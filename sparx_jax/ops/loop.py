@@ -191,18 +191,22 @@ def _sum(x):
 
 
 def _more_memory(memory):
-    """For lines, their gradient, products with the step sizes, gradients of h and z."""
+    """For lines, their gradient, products with the step sizes.
+
+    And for the gradients of z, skewed, and of h.
+    """
     if len(memory) > 3:
         return memory
     delta, _, walk = memory
-    return [*memory, delta, walk[:, :, :, 0], delta, walk[:, :, 1:], skewed(delta)]
+    grad_y, grad_h = walk[:, :, :, 0], walk[:, :, 1:]
+    return [*memory, delta, grad_y, delta, skewed(delta), grad_h]
 
 
 def _walk_back(x, grad, grad_x, way, states, memory, axis):
     tokens = x.shape[3 - axis]
 
     def line(j, carry):
-        grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, g, flat) = carry
+        grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, rows, g) = carry
         index = len(states) - 1 - j
         z, delta, decay, bc = _steps(way, index, delta, bc)
         b, c = bc[..., 0, :, None], bc[..., 1, :, None]
@@ -229,8 +233,8 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
         grad_u = (g * b).sum(3)
         grad_z = (grad_log * way.a).sum(3) + grad_u * x_t
         grad_z *= softplus_and_sigmoid(z)[1]
-        flat = _put(flat, grad_z, 0, 0)  # into skewed rows
-        grad_z = flat.reshape(2, -1, flat.shape[-1])
+        rows = _put(rows, grad_z, 0, 0)
+        flat = rows.reshape(2, -1, rows.shape[-1])
         grad_b = _matmul(g, u[..., None])
         grad_c = _matmul(walk, grad_y[..., None])[:, :, 1:]
 
@@ -239,16 +243,16 @@ def _walk_back(x, grad, grad_x, way, states, memory, axis):
 
         z_in = _at(way.z, index, 0)[0]
         grads = _Way(
-            z=put(grads.z, _matmul(grad_z, way.weights.swapaxes(1, 2))),
+            z=put(grads.z, _matmul(flat, way.weights.swapaxes(1, 2))),
             bc=put(grads.bc, jnp.stack([grad_b, grad_c], 3)[..., 0]),
-            weights=grads.weights + _matmul(z_in.swapaxes(1, 2), grad_z),
+            weights=grads.weights + _matmul(z_in.swapaxes(1, 2), flat),
             a=grads.a + grad_log * delta[..., None, :],
         )
         grad_x = _add_lines(grad_x, grad_u * delta, index, axis)
         grad_h = first * _at(decay, 0, 2)
-        return grad_x, grads, grad_h, [delta, bc, walk, x_t, grad_y, u, g, flat]
+        return grad_x, grads, grad_h, [delta, bc, walk, x_t, grad_y, u, rows, g]
 
-    grads = jax.tree.map(jnp.zeros_like, way._replace(a=memory[-2]))
+    grads = jax.tree.map(jnp.zeros_like, way._replace(a=memory[-1]))
     carry = grad_x, grads, _state(way), memory
     grad_x, grads, _, memory = lax.fori_loop(0, len(states), line, carry)
     a = grads.a.sum((1, 2), keepdims=True)

@@ -44,3 +44,15 @@ def test_only_the_input_is_kept_for_the_gradient():
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(kept)] == [
         ((8,), jnp.bfloat16)
     ]
+
+
+def test_no_map_is_kept_for_the_gradient():
+    """XLA would compute one erf for both passes, and hold it in memory between them."""
+
+    def both(x, grad):
+        y, vjp = jax.vjp(gelu, x)
+        return y, vjp(grad)
+
+    x = jnp.ones((64, 64))
+    text = jax.jit(both).lower(x, x).compile().as_text()
+    assert text.count(" erf(") == 2
