@@ -90,6 +90,8 @@ def clock(
 ) -> dict[str, Time]:
     """Times each function in turn, `rounds` times, for at least `seconds` a time.
 
+    A call before each time is not counted: memory that a virtual machine's host took
+    back meanwhile can cost more than a training step, which a running job never pays.
     On CPU it is the CPU time of the process, whatever else the machine does; on an
     accelerator the time until the last of the results is there.
     """
@@ -99,6 +101,7 @@ def clock(
         numbers[name] = max(1, round(seconds / max(_spend(call, 1), 1e-9)))
     for _ in range(rounds):
         for name, call in calls.items():
+            _spend(call, 1)
             times[name].append(_spend(call, numbers[name]) / numbers[name] * 1e3)
     return {
         name: Time(statistics.median(t), min(t), max(t)) for name, t in times.items()
