@@ -25,7 +25,9 @@ RESOLUTIONS = flags.DEFINE_list(
 
 def main(config, workdir):
     """Prints the evaluation that the flags describe."""
-    if not all(word.isdigit() for word in RESOLUTIONS.value):
+    if not DATASETS.value:
+        raise UserError("--datasets= names no set: give some of val,real,v2,a,r.")
+    if not all(word.isdecimal() for word in RESOLUTIONS.value):
         raise UserError(
             f"--resolutions={','.join(RESOLUTIONS.value)} is not a list of pixels: "
             "write it as 224,384."

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -353,6 +354,8 @@ def _bytes(tree):
 def main(config: ConfigDict, workdir: str | None) -> None:
     """What the flags say."""
     del workdir
+    if not (folder := Path(_OUT.value).absolute().parent).is_dir():
+        raise UserError(f"--out={_OUT.value}: there is no folder {folder}, make it.")
     devices, chip = find_devices(_TOPOLOGY.value)
     if _TOPOLOGY.value != HERE:  # programs for devices that are not here cannot be read
         jax.config.update("jax_enable_compilation_cache", False)

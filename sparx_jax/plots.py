@@ -440,7 +440,8 @@ def write_line(
 ) -> None:
     """One line of text, its baseline `top` inches from the top; cut at `width`."""
     x, y = left / WIDTH, 1 - top / figure.get_figheight()
-    text = " ".join(text.split())
+    # A file's name may be no text.
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
     style = {"color": INK, "parse_math": False, **style}
     drawn = figure.text(x, y, text, va="baseline", **style)
     if width:

@@ -353,4 +353,4 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, joins=False)
+    cli.run(main, joins=False, is_whole=False)

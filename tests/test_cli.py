@@ -37,7 +37,14 @@ BAD_INPUT = {
         "holds no image",
     ),
     "too few classes": ("train", "--config.model.num_classes=4", "at least 10"),
+    "workdir at a URL": ("train", "--workdir=gs://bucket/run", "is a URL"),
+    "brackets in the workdir": ("train", "--workdir=/tmp/[x]/run", "[x]/run"),
+    "negative seed": ("train", "--config.seed=-1", "seed=-1"),
+    "endless": ("train", "--config.eval_every_epochs=inf", "eval_every_epochs=inf"),
+    "mean of 255": ("train", "--config.data.mean=(123.,116.,103.)", "data.mean=(123"),
+    "rate below its end": ("train", "--config.optimizer.lr=1e-6", "at most optimizer"),
     "no checkpoints": ("eval", "", "holds no checkpoints"),
+    "no sets": ("eval", "--datasets=", "--datasets= names no set"),
     "missing workdir": ("eval", None, "--workdir is missing"),
 }
 

@@ -1,5 +1,6 @@
 """The pictures say what the tables, the history and the answers say, legibly."""
 
+import os
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from sparx_jax import plots
 from sparx_jax.models.registry import list_models, model_config
-from sparx_jax.plots import Arc, WrongAnswer
+from sparx_jax.plots import Arc, WrongAnswer, write_line
 from sparx_jax.summary import select
 
 README_FIGURE = Path(__file__).parents[1] / "docs/wiring.png"
@@ -247,6 +248,14 @@ def test_report_cuts_long_names():
     assert captions[0].endswith("…") or len(captions[0]) < 30
     assert any(caption.startswith("predicted American") for caption in captions)
     assert all(len(caption) < 40 for caption in captions)
+
+
+def test_a_name_that_is_no_text_is_drawn(tmp_path):
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    write_line(figure, 1, 1, os.fsdecode(b"caf\xe9.jpg"), width=1)
+    figure.savefig(tmp_path / "picture.png")
+    assert texts_of(figure)[0].startswith("caf?")
 
 
 def test_report_without_wrong_answers_says_so():

@@ -166,6 +166,8 @@ def _read(
     # An exception would end Grain's worker, and with it all that it had yet to read.
     try:
         example = source[index]
+        if example["label"] < 0:  # TFDS's for the labels that nobody has published
+            raise ValueError("it has no label")
         return _example(prepare(example["image"]), example["label"], 1, index)
     except Exception as error:  # Pillow's decoders raise errors of every kind
         unknown = isinstance(error, UnidentifiedImageError)

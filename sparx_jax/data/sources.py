@@ -135,9 +135,16 @@ class FolderSource:
         return os.path.join(self._path, class_name, os.fsdecode(self._files[index]))
 
 
+def _entries(path: str) -> list[os.DirEntry]:
+    try:
+        with os.scandir(path) as entries:
+            return [entry for entry in entries if entry.name[0] != "."]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+
+
 def _folders(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.name[0] != "." and e.is_dir())
+    return sorted(entry.name for entry in _entries(path) if entry.is_dir())
 
 
 def _class_folders(root: str, split: str) -> list[str]:
@@ -157,8 +164,8 @@ def _class_folders(root: str, split: str) -> list[str]:
 
 
 def _image_files(path: str) -> list[str]:
-    with os.scandir(path) as entries:
-        names = [e.name for e in entries if e.name[0] != "." and e.is_file()]
+    # A link to nowhere is a picture that cannot be read, and counts as one.
+    names = [entry.name for entry in _entries(path) if not entry.is_dir()]
     files = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise UserError(

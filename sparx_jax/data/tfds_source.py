@@ -23,8 +23,8 @@ class TfdsSource:
 
     Args:
       root: TFDS's `data_dir`.
-      name: of the data set, with its configuration if it has any, such as
-        "imagenet2012" or "imagenet_v2/matched-frequency".
+      name: of the data set, with its configuration if it has any and perhaps a version,
+        such as "imagenet2012:5.1.0" or "imagenet_v2/matched-frequency".
       split: in TFDS's notation, such as "train" or "train[:90%]".
 
     Raises:
@@ -46,10 +46,13 @@ class TfdsSource:
         self.class_names = tuple(info.features[self._label].names)
         try:
             shards = info.splits[split].file_instructions
-        except ValueError as error:
+            if sum(shard.take for shard in shards) < 1:
+                raise ValueError("it is empty")
+        except (ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{self._title} has no split {split!r} (it has "
-                f"{', '.join(info.splits)}): set data.train_split and data.eval_split."
+                f"{', '.join(info.splits)}) or nothing in it: set data.train_split and "
+                "data.eval_split."
             ) from error
         self._ends = np.cumsum([shard.take for shard in shards])
         self._shards = [(shard.filename, shard.skip) for shard in shards]
@@ -61,10 +64,17 @@ class TfdsSource:
         self._records = ArrayRecordDataSource(shards)
 
     def _newest_version(self, root, name):
+        name, _, version = name.partition(":")
         # A run of TFDS that was killed leaves a folder "incomplete...".
-        found = Path(root, name).glob("[0-9]*/dataset_info.json")
+        found = Path(root, name).glob(f"{version or '[0-9]*'}/dataset_info.json")
         versions = {tfds.core.Version(path.parent.name): path.parent for path in found}
         if not versions:
+            inner = Path(root, name).glob("*/[0-9]*/dataset_info.json")
+            if configurations := sorted({path.parts[-3] for path in inner}):
+                raise UserError(
+                    f"{self._title} is there as {', '.join(configurations)}: set "
+                    f"data.tfds_name to {name}/{configurations[0]} or another of them."
+                )
             raise UserError(
                 f"{self._title} is not prepared: run python -m sparx_jax.data.prepare "
                 f"{name} --root={root}, or mend data.root or data.tfds_name."

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class Checkpoints:
 
     `params` and `ema` hold the network's arrays by path, parameters and BatchNorm
     statistics alike; `optimizer` the moments; `meta` a JSON object with `step`,
-    `config`, `metrics` and `fingerprints`.
+    `config`, `class_names`, `metrics` and `fingerprints`.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -84,7 +85,11 @@ class Checkpoints:
             )
 
     def save(
-        self, state: TrainState, config: dict, metrics: dict[str, float] | None
+        self,
+        state: TrainState,
+        config: dict,
+        metrics: dict[str, float] | None,
+        class_names: Sequence[str] = (),
     ) -> None:
         """Starts to write a step; `metrics["top1"]`, if known by now, ranks it.
 
@@ -100,6 +105,7 @@ class Checkpoints:
         meta = {
             "step": step,
             "config": config,
+            "class_names": list(class_names),
             "metrics": metrics,
             "fingerprints": {k: fingerprints(item) for k, item in items.items()},
         }
@@ -294,6 +300,20 @@ class Checkpoints:
                     "config.optimizer or version of sparx_jax. Give another --workdir, "
                     "and this one as config.init_from to start from its weights."
                 )
+
+
+def other_class(meta: dict[str, Any], names: Sequence[str]) -> str:
+    """The first class that a checkpoint's `meta` has by another name; "" if none.
+
+    Nothing is known of a checkpoint that was saved without names.
+    """
+    pairs = enumerate(zip_longest(meta.get("class_names") or names, names))
+    differing = [
+        f"class {i} is {there!r} there, {here!r} here"
+        for i, (there, here) in pairs
+        if there != here
+    ]
+    return differing[0] if differing else ""
 
 
 def _as_item(weights):

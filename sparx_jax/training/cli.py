@@ -38,7 +38,13 @@ _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def run(main: Callable, *, needs_workdir: bool = True, joins: bool = True) -> None:
+def run(
+    main: Callable,
+    *,
+    needs_workdir: bool = True,
+    joins: bool = True,
+    is_whole: bool = True,
+) -> None:
     """Calls `main(config, workdir)` with the ConfigDict of the command line.
 
     What a UserError tells and what the flag library refuses ends the program with one
@@ -48,6 +54,7 @@ def run(main: Callable, *, needs_workdir: bool = True, joins: bool = True) -> No
       main: the program.
       needs_workdir: whether --workdir must be given.
       joins: whether it is one of the processes of a job that may have several.
+      is_whole: whether the settings are those of a run, and to be checked as such.
     """
 
     def guarded(argv):
@@ -76,7 +83,7 @@ def run(main: Callable, *, needs_workdir: bool = True, joins: bool = True) -> No
                 _fail(lost)
             processes.end(1)
 
-    app.run(guarded, flags_parser=partial(_parse, needs_workdir))
+    app.run(guarded, flags_parser=partial(_parse, needs_workdir, is_whole))
 
 
 def load_config(words: Sequence[str]) -> ConfigDict:
@@ -93,7 +100,7 @@ def load_config(words: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def _parse(needs_workdir, argv):
+def _parse(needs_workdir, is_whole, argv):
     try:
         with _one_sentence(argv):
             rest = flags.FLAGS(argv)
@@ -110,7 +117,8 @@ def _parse(needs_workdir, argv):
             for name, flag in needed.items():
                 if not flag.present:
                     raise UserError(f"--{name} is missing: give --{name}=...")
-            _check(flags.FLAGS)  # before any device is touched
+            if is_whole:
+                _check(flags.FLAGS)  # before any device is touched
             return rest
     except UserError as error:
         _fail(error)

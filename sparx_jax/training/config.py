@@ -153,7 +153,9 @@ class Config:
         positive = ("train_epochs", "batch_size", "eval_batch_size")
         for name in (*positive, "eval_every_epochs", "log_every_steps"):
             value = getattr(self, name)
-            require(f"config.{name}", value, value > 0, "positive")
+            ok = 0 < value < float("inf")
+            require(f"config.{name}", value, ok, "positive and finite")
+        require("config.seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")
         for name, value in (
             ("label_smoothing", self.label_smoothing),
             ("ema_decay", self.ema_decay),
@@ -181,6 +183,10 @@ class Config:
         for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay"):
             value = getattr(optimizer, name)
             require(f"config.optimizer.{name}", value, value >= 0, "at least 0")
+        for name in ("warmup_lr", "min_lr"):
+            value, most = getattr(optimizer, name), optimizer.lr
+            ok, text = value <= most, f"at most optimizer.lr={most}"
+            require(f"config.optimizer.{name}", value, ok, text)
         require(
             "config.optimizer.warmup_epochs",
             optimizer.warmup_epochs,
@@ -216,10 +222,10 @@ class Config:
             rand_augment.parse(data.rand_augment)
         ok = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] <= 1
         require("config.data.scale", data.scale, ok, "(least, greatest) in (0, 1]")
-        for name in ("mean", "std"):
-            value = getattr(data, name)
-            ok = len(value) == 3 and (name == "mean" or min(value) > 0)
-            require(f"config.data.{name}", value, ok, "three numbers, std positive")
+        ok = len(data.mean) == 3 and 0 <= min(data.mean) <= max(data.mean) <= 1
+        require("config.data.mean", data.mean, ok, "three numbers in [0, 1]")
+        ok = len(data.std) == 3 and min(data.std) > 0
+        require("config.data.std", data.std, ok, "three positive numbers")
         ok = self.model.in_channels == 3
         require("config.model.in_channels", self.model.in_channels, ok, "3 (pictures)")
         ok = not self.model.stage_norms

@@ -23,9 +23,10 @@ from sparx_jax.data import (
     eval_transform,
     open_eval_set,
 )
+from sparx_jax.errors import BadDataError, UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
-from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import Config, as_dict
 from sparx_jax.training.logging import Stopwatch, duration, read_metrics, say
 from sparx_jax.training.results import Result, table, write_results
@@ -82,6 +83,12 @@ def evaluate_split(
         return np.concatenate([result[name] for result in results])[order]
 
     examples, unreadable = total("examples"), np.sum(answers("label") == UNREADABLE)
+    limit = config.data.max_bad_fraction
+    if not examples or unreadable > limit * len(source):  # of all processes
+        raise BadDataError(
+            f"{unreadable} of {len(source)} examples cannot be read, more than "
+            f"data.max_bad_fraction={limit} allows: replace or delete them."
+        )
     if unreadable:
         say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
     return Evaluation(
@@ -129,6 +136,11 @@ def evaluate_checkpoint(
     if weights == "auto":
         weights = "ema" if checkpoints.has_ema(number) else "raw"
     config, _, source, mesh = prepare(settings)
+    if other := other_class(checkpoints.meta(number), source.class_names):
+        raise UserError(
+            f"step {number} of {workdir} was trained on other classes, {other}: give "
+            "the data set of the same classes, the folders by the same names."
+        )
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
     sets = {name: open_eval_set(name, config.data, source) for name in datasets}
@@ -139,15 +151,14 @@ def evaluate_checkpoint(
     )
     checkpoints.close()
     watch.lap("restoring")
-    results = []
+    results, to_draw = [], None
     for at_size in configs:
         eval_step = compile_eval_step(network, at_size, restored, mesh)
         rows, evaluation = evaluate_sets(eval_step, restored, at_size, sets, mesh)
         results += rows
         watch.lap("evaluation, compilation included,")
-        if evaluation and at_size == config:
-            write_report(workdir, config, evaluation, source, step=number)
-            watch.lap("report")
+        if at_size == config:
+            to_draw = evaluation
     title = f"{config.model_name} after step {number:,}, {weights} weights"
     summary = {
         "model": config.model_name,
@@ -157,11 +168,14 @@ def evaluate_checkpoint(
         **results[0]._asdict(),
         "results": [result._asdict() for result in results],
     }
-    if jax.process_index() == 0:
-        write_results(workdir, title, results, summary)
     parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
     say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
     say(json.dumps(summary))
+    # Last: a folder that cannot be written costs no number.
+    if jax.process_index() == 0:
+        write_results(workdir, title, results, summary)
+    if to_draw:
+        write_report(workdir, config, to_draw, source, step=number)
     return summary
 
 

@@ -1,5 +1,6 @@
 """Weights of another run or file as the start of a run on other pictures."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from sparx_jax.interop.names import from_torch, skeleton, torch_name
 from sparx_jax.interop.torch_files import read_torch_file
 from sparx_jax.interop.windows import resize_position_bias
 from sparx_jax.training import state as states
-from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.logging import say
 from sparx_jax.training.state import TrainState, Weights
 
@@ -20,12 +21,14 @@ HEAD = ("head.kernel", "head.bias")
 Arrays = dict[str, np.ndarray]
 
 
-def start_from(source: str, state: TrainState) -> TrainState:
+def start_from(
+    source: str, state: TrainState, class_names: Sequence[str] = ()
+) -> TrainState:
     """A fresh state with the parameters and BatchNorm statistics of `source`.
 
     The classifier keeps its own initial weights where `source` has another number of
-    classes, or none; biases of other windows are stretched; the moving average starts
-    at what was loaded. Says what it did.
+    classes, others as far as their names are known, or none; biases of other windows
+    are stretched; the moving average starts at what was loaded. Says what it did.
 
     Args:
       source: a run's folder, for its best checkpoint, or one of its checkpoints,
@@ -33,6 +36,7 @@ def start_from(source: str, state: TrainState) -> TrainState:
         `.pth` or `.safetensors` file under the names of the torch networks. If empty,
         nothing happens.
       state: of the new run.
+      class_names: of the new run, if they are to be those of `source`.
 
     Raises:
       UserError: there is no such source, or it is of another network.
@@ -47,16 +51,14 @@ def start_from(source: str, state: TrainState) -> TrainState:
             "folder, one of its checkpoints, or a .pth or .safetensors file."
         )
     if path.is_dir():
-        arrays, what = _from_run(path, state.step.sharding)
+        arrays, what, meta = _from_run(path, state.step.sharding)
+        other = other_class(meta, class_names or meta.get("class_names", ()))
     else:
-        arrays, what = _from_torch(path, own), source
-    fitted, new_head = _fit(arrays, own, source)
+        arrays, what, other = _from_torch(path, own), source, ""
+    fitted, new_head = _fit(arrays, own, source, other)
     there = arrays["head.bias"].size if "head.bias" in arrays else "no"
-    here = own["head.bias"].size
-    say(
-        f"starting from {what}"
-        + (f"; a new head: {there} classes there, {here} here" if new_head else "")
-    )
+    why = other or f"{there} classes there, {own['head.bias'].size} here"
+    say(f"starting from {what}" + (f"; a new head: {why}" if new_head else ""))
 
     def placed():
         return Weights(
@@ -70,13 +72,14 @@ def start_from(source: str, state: TrainState) -> TrainState:
 
 
 def _from_run(path, sharding):
-    """Arrays of a run's folder or of one of its checkpoints, and what they are."""
+    """Arrays of a run's folder or one of its checkpoints, what they are, and meta."""
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     workdir, which = (path.parents[1], path.name) if is_step else (path, "best")
     checkpoints = Checkpoints(str(workdir), read_only=True)
     try:
         step = checkpoints.find(which)
-        config = checkpoints.meta(step)["config"]
+        meta = checkpoints.meta(step)
+        config = meta["config"]
         model = models.model_config(config["model_name"], **config["model"])
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -87,7 +90,7 @@ def _from_run(path, sharding):
     finally:
         checkpoints.close()
     what = f"step {step:,} of {workdir} ({kind} weights)"
-    return jax.device_get(weights.params | weights.batch_stats), what
+    return jax.device_get(weights.params | weights.batch_stats), what, meta
 
 
 def _from_torch(path, own):
@@ -103,10 +106,14 @@ def _from_torch(path, own):
     return from_torch(weights, shapes)
 
 
-def _fit(arrays: Arrays, own: Arrays, source: str) -> tuple[Arrays, bool]:
+def _fit(
+    arrays: Arrays, own: Arrays, source: str, other_classes: str = ""
+) -> tuple[Arrays, bool]:
     """What of `arrays` goes where in `own`, and whether the head stays new."""
     given, needed = dict(arrays), dict(own)
-    new_head = any(_shape(given, path) != _shape(needed, path) for path in HEAD)
+    new_head = bool(other_classes) or any(
+        _shape(given, path) != _shape(needed, path) for path in HEAD
+    )
     for path in HEAD if new_head else ():
         given.pop(path, None)
         del needed[path]

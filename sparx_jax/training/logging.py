@@ -29,9 +29,8 @@ class MetricsLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(Path(workdir) / "tensorboard"), purge_step=start_step
-            )
+            folder = str(Path(workdir) / "tensorboard")  # purged from that step on
+            self._board = SummaryWriter(folder, purge_step=start_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record; numbers that JSON cannot hold become null."""

@@ -14,7 +14,7 @@ from sparx_jax.parallel import put_batch
 from sparx_jax.parallel.processes import stop_request, together
 from sparx_jax.training import state as states
 from sparx_jax.training import workdir as workdirs
-from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import FREE_SETTINGS, Config, as_dict, changes
 from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
 from sparx_jax.training.finetune import start_from
@@ -100,10 +100,13 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     unevaluated = False
     if start:
         meta = checkpoints.meta(start)
-        _check_config(meta["config"], settings, start, allow_config_change)
+        differing = changes(meta["config"], settings)
+        if other := other_class(meta, train_source.class_names):
+            differing.append(other)
+        _check_config(differing, start, allow_config_change)
         unevaluated = lengths.is_eval(start) and meta["metrics"] is None
     else:
-        state = start_from(config.init_from, state)
+        state = start_from(config.init_from, state, train_source.class_names)
     # After the checks: a refused run writes nothing.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)
@@ -151,7 +154,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     def save(metrics):
         jax.block_until_ready(state.step)  # what was dispatched is no part of saving
         goodput.lap("steps")
-        checkpoints.save(state, settings, metrics)
+        checkpoints.save(state, settings, metrics, train_source.class_names)
         goodput.lap("checkpoints")
 
     step = start
@@ -212,6 +215,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
             "goes on from there."
         ) from None
     finally:
+        profiler.stop(step)  # if the last step to record did not come
         goodput.write(step)
     say(f"{report} shows the run ({goodput.sentence()})")
 
@@ -220,10 +224,10 @@ class _Stopped(Exception):  # noqa: N818
     pass
 
 
-def _check_config(saved, settings, step, allow):
+def _check_config(differing, step, allow):
     differing = [
         change
-        for change in changes(saved, settings)
+        for change in differing
         if not re.fullmatch(FREE_SETTINGS, change.split("=")[0])
     ]
     if not differing:
@@ -250,8 +254,12 @@ class _Profiler:
             self._on = True
 
     def after(self, step, metrics):
-        if self._on and step == self._last:
+        if step == self._last:
             jax.block_until_ready(metrics)
+            self.stop(step)
+
+    def stop(self, step):
+        if self._on:
             jax.profiler.stop_trace()
             self._on = False
             say(f"steps {self._first} to {step} are recorded in {self._path}")

@@ -38,6 +38,14 @@ def held(workdir: str) -> Iterator[None]:
 
 def _lock(workdir):
     path = Path(workdir)
+    # Orbax looks for files by patterns: under a path with these it finds none of a
+    # checkpoint's, and keeps a torso.
+    if "://" in workdir or set("[\\") & set(str(path.absolute())):
+        raise UserError(
+            f"--workdir={workdir} is a URL, or there is a [ or \\ in its path, "
+            "where checkpoints cannot be kept: give the path of a folder, for instance "
+            "in a mounted bucket."
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() != 0:
@@ -75,4 +83,6 @@ def write_config(workdir: str, config: Config, num_params: int) -> None:
             "devices": [str(device) for device in jax.devices()],
         }
         path = Path(workdir) / "config.json"
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        temporary = path.with_suffix(".tmp")  # a sweep's other tasks may read it now
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)

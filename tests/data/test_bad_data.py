@@ -99,6 +99,19 @@ def test_every_kind_of_file_is_read_or_counts_nowhere(crop, caplog):
         assert (f"weight 0: {row}.JPEG (" in caplog.text) == bad, kind
 
 
+def test_an_example_without_label_counts_nowhere(caplog):
+    """TFDS gives -1 where none was published, as for ImageNet's test pictures."""
+
+    class Unlabelled(Files):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"label": (0, -1, 2)[index]}
+
+    source = Unlabelled(*[encode(flat(COLOUR, (8, 8)))] * 3)
+    (batch,) = eval_batches(tolerant(), source, batch_size=3)
+    assert batch["weight"].tolist() == [1, 0, 1]
+    assert "1.JPEG (it has no label)" in caplog.text
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_examples_change_no_other_example(workers):
     """Five files of 16 are damaged; the batches before and after are read on."""

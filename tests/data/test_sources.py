@@ -68,6 +68,26 @@ def test_folder_classes_and_files_are_sorted_by_name(tmp_path):
     assert source[1]["image"] == (tmp_path / "train/dog/a.jpeg").read_bytes()
 
 
+def test_a_link_to_nowhere_is_a_picture_that_cannot_be_read(tmp_path):
+    write_images(tmp_path, "train/cat/a.png")
+    (tmp_path / "train/cat/b.png").symlink_to("gone.png")
+    source = open_source(folder(tmp_path), "train")
+    assert len(source) == 2
+    with pytest.raises(FileNotFoundError):
+        source[1]
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    write_images(tmp_path, "train/cat/a.png")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("sparx_jax.data.sources.os.scandir", refuse)
+    with pytest.raises(UserError, match=r"train cannot be read \(Permission denied\)"):
+        open_source(folder(tmp_path), "train")
+
+
 def test_hidden_and_other_files_are_skipped(tmp_path):
     write_images(tmp_path, "train/cat/a.png", "train/cat/.b.png", "train/.old/c.png")
     (tmp_path / "train/cat/notes.txt").write_text("no image")

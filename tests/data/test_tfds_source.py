@@ -80,6 +80,19 @@ def test_pictures_names_and_classes_are_those_of_the_folders(
     assert len(ours) == len(contents(ours))  # no name twice
 
 
+def test_names_are_those_that_prepare_takes(prepared):
+    named = open_source(tfds(prepared.tfds, name="imagenet2012:5.1.0"), "train")
+    assert len(named) == len(open_source(tfds(prepared.tfds), "train"))
+    with pytest.raises(UserError, match="imagenet_v2/matched-frequency or another"):
+        open_source(tfds(prepared.tfds, name="imagenet_v2"), "train")
+
+
+@pytest.mark.parametrize("split", ["train[:1%]", "train[5:3]", "all[:50%]", "x"])
+def test_a_split_without_pictures_is_told(prepared, split):
+    with pytest.raises(UserError, match="or nothing in it"):
+        open_source(tfds(prepared.tfds, split), "train")
+
+
 def test_labels_are_in_the_order_of_folders_and_of_published_checkpoints(prepared):
     names = open_source(tfds(prepared.tfds), "train").class_names
     assert names == tuple(sorted(names)) and len(names) == 1000

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparx_jax.data.sources import DigitsSource
 from sparx_jax.errors import StorageError, UserError
 from sparx_jax.training import loop
-from sparx_jax.training.checkpoint import Checkpoints, DamagedError
+from sparx_jax.training.checkpoint import Checkpoints, DamagedError, other_class
 from sparx_jax.training.config import as_dict
+from sparx_jax.training.evaluate import evaluate_checkpoint
 from sparx_jax.training.fingerprint import differing, fingerprints
 from tests.training.conftest import digest, tiny_settings
 
@@ -192,6 +194,23 @@ def test_other_settings_are_refused_with_the_difference(finished, capsys):
     told = capsys.readouterr().out
     assert "with changed settings: optimizer.lr=0.001 there" in told
     assert "workers" not in told and "nothing to do" in told
+
+
+def test_classes_of_other_names_are_refused_with_the_first(finished, monkeypatch):
+    """A renamed folder moves all labels behind it."""
+    names = ("0", "1", "two", *"3456789")
+    monkeypatch.setattr(DigitsSource, "class_names", names)
+    message = "class 2 is '2' there, 'two' here"
+    for go_on in loop.train, evaluate_checkpoint:
+        with pytest.raises(UserError, match=message):
+            go_on(tiny_settings(), finished)
+
+
+def test_of_a_checkpoint_without_names_nothing_is_told():
+    assert other_class({}, "ab") == other_class({"class_names": []}, "ab") == ""
+    assert (
+        other_class({"class_names": ["a"]}, "ab") == "class 1 is None there, 'b' here"
+    )
 
 
 def test_a_second_trainer_is_refused(finished):

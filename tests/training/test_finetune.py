@@ -69,7 +69,7 @@ def saved(run, tmp_path_factory):
         step=jax.device_put(np.int32(7), state.step.sharding),
     )
     checkpoints = Checkpoints(str(workdir))
-    checkpoints.save(state, as_dict(run.config), {"top1": 1.0})
+    checkpoints.save(state, as_dict(run.config), {"top1": 1.0}, "0123456789")
     checkpoints.close()
     return workdir, flat(state.ema)
 
@@ -103,9 +103,20 @@ def test_all_but_the_head_is_taken_over(run, saved, torch_file, kind, capsys):
     assert not {id(a) for a in ema} & {id(a) for a in weights}
 
 
-def test_with_as_many_classes_the_head_is_taken_too(run, saved, capsys):
+def test_as_many_other_classes_get_a_new_head(run, saved, capsys):
     workdir, expected = saved
-    state = finetune.start_from(str(workdir), fresh(run, num_classes=10))
+    new = fresh(run, num_classes=10)
+    before = flat(new.weights)
+    state = finetune.start_from(str(workdir), new, "012345678x")
+    assert "a new head: class 9 is '9' there, 'x' here" in capsys.readouterr().out
+    for path, array in flat(state.weights).items():
+        wanted = before if path in HEAD else expected
+        np.testing.assert_array_equal(array, wanted[path], err_msg=path)
+
+
+def test_with_the_same_classes_the_head_is_taken_too(run, saved, capsys):
+    workdir, expected = saved
+    state = finetune.start_from(str(workdir), fresh(run, num_classes=10), "0123456789")
     assert "new head" not in capsys.readouterr().out
     for path, array in flat(state.weights).items():
         np.testing.assert_array_equal(array, expected[path], err_msg=path)

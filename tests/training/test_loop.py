@@ -1,14 +1,16 @@
 """Laws of whole runs: resuming, checkpoints, evaluation, what stands in the files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sparx_jax import sweep
-from sparx_jax.errors import UserError
-from sparx_jax.training import loop
+from sparx_jax.errors import BadDataError, UserError
+from sparx_jax.training import evaluate, loop
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import as_dict
 from sparx_jax.training.evaluate import (
@@ -16,7 +18,7 @@ from sparx_jax.training.evaluate import (
     evaluate_split,
     wrong_answers,
 )
-from sparx_jax.training.logging import read_metrics
+from sparx_jax.training.logging import MetricsLog, read_metrics
 from tests.training.conftest import digest, tiny_settings
 
 TIMES = ("images_per_s", "data_wait")
@@ -181,6 +183,51 @@ def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(run, capsys):
     data = setup.config.data
     names = {wrong.name for wrong in wrong_answers(part, setup.eval_source, data, 360)}
     assert len(names) == np.sum(~right) and "digits test #7" not in names
+
+
+def test_too_many_unreadable_of_all_processes_end_an_evaluation(run, monkeypatch):
+    """Each process counts its own, against the whole split."""
+    answers = {name: np.zeros(8, np.float32) for name in ("predicted", "probability")}
+    counts = dict.fromkeys(("loss", "top1", "top5"), 0.0) | {"examples": 4.0}
+    answers |= counts | {"index": np.arange(8), "label": np.repeat([-1, 0], 4)}
+    monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [{}])
+    setup = run.setup
+    for limit, examples in ((0.4, 4.0), (0.9, 0.0)):
+        data = dataclasses.replace(run.config.data, max_bad_fraction=limit)
+        config = dataclasses.replace(run.config, data=data)
+        answers["examples"] = examples
+        with pytest.raises(BadDataError, match="4 of 8 examples cannot be read"):
+            evaluate_split(lambda *_: answers, None, config, range(8), setup.mesh)
+
+
+def test_results_are_printed_before_anything_is_written(
+    finished, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_, **__):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(evaluate, "write_results", refuse)
+    with pytest.raises(OSError, match="read-only"):
+        evaluate_checkpoint(tiny_settings(), finished)
+    assert "top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_profile_is_kept_if_the_run_ends_before_its_last_step(tmp_path, capsys):
+    profiler = loop._Profiler((1, 9), str(tmp_path))
+    profiler.before(1)
+    profiler.after(1, jnp.ones(()))
+    profiler.stop(1)
+    assert "steps 1 to 1 are recorded" in capsys.readouterr().out
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_tensorboard_keeps_the_step_that_a_run_goes_on_from(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "tensorboardX.SummaryWriter", lambda *_, **options: opened.append(options)
+    )
+    MetricsLog(str(tmp_path), start_step=4, tensorboard=True)
+    assert opened == [{"purge_step": 5}]  # which TensorBoard drops, and later ones
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(finished):
