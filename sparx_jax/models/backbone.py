@@ -1,8 +1,8 @@
 """The hierarchical backbone: stem, four wired stages, classifier."""
 
-import functools
 import math
 from contextlib import nullcontext
+from functools import partial, wraps
 from itertools import pairwise
 
 import jax
@@ -39,6 +39,7 @@ class Stage(nnx.Module):
     def __init__(self, config: ModelConfig, stage: int, key: Key[Array, ""]):
         self.wiring = config.wiring(stage)
         self.remat_blocks = config.remat == "block"
+        self.deterministic = True  # as `Backbone.deterministic`
         # Every layer and every part of it has its own key: changing the connector
         # leaves the initial weights of all else as they were, so ablations are fair.
         self.blocks = nnx.List(
@@ -52,7 +53,9 @@ class Stage(nnx.Module):
         draws: Float[Array, "layers 2 b"] | None,
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
-        call = _recompute(lambda block, *given: block(*given), self.remat_blocks)
+        call = _recompute(
+            lambda block, *given: block(*given), self.remat_blocks, self.deterministic
+        )
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
             mine = (None, None) if draws is None else draws[index]
@@ -60,9 +63,14 @@ class Stage(nnx.Module):
         return [outputs[index] for index in range(len(self.blocks))]
 
 
-def _recompute(call, on):
-    # Not jax.checkpoint, which would lose the BatchNorm statistics of the module.
-    return nnx.remat(call) if on else call
+def _recompute(call, on, deterministic):
+    if not on:
+        return call
+    if not deterministic:  # jax.checkpoint would lose new BatchNorm statistics
+        return nnx.remat(call)
+    # nnx.remat writes to every variable, which inside of a transformation that has the
+    # network from outside is an error.
+    return lambda module, *given: jax.checkpoint(partial(call, module))(*given)
 
 
 def _block(config, stage, index, key):
@@ -156,7 +164,7 @@ def _forward(method):
     """
     name = method.__name__
 
-    @functools.wraps(method)
+    @wraps(method)
     def call(self, images, *, key=None):
         _check(images, self.config.in_channels)
         images = jnp.asarray(images)
@@ -164,7 +172,7 @@ def _forward(method):
             isinstance(leaf, jax.core.Tracer)
             for leaf in jax.tree.leaves(nnx.state(self))
         )
-        if traced or not self.deterministic:
+        if traced or not self.deterministic or jax.config.jax_disable_jit:
             return method(self, images, key=key)
         return _run(*nnx.split(self), name, images)
 
@@ -190,7 +198,7 @@ def _check(images, channels):
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=(0, 2))
 def _run(graphdef, state, method, images):
     return getattr(nnx.merge(graphdef, state), method)(images)
 
@@ -270,7 +278,8 @@ class Backbone(nnx.Module):
                 shape_2d = math.prod(shape[:3]), len(images)
                 draws = jax.random.uniform(jax.random.fold_in(key, 0), shape_2d)
                 draws = draws.reshape(shape)
-            call = _recompute(Stage.__call__, self.config.remat == "stage")
+            stages = self.config.remat == "stage"
+            call = _recompute(Stage.__call__, stages, self.deterministic)
             for i, stage in enumerate(self.stages):
                 if i:
                     x = self.downsamples[i - 1](x)

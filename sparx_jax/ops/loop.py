@@ -159,11 +159,11 @@ def _memory(way, old):
     if old and old[0].shape == (2, b, t, d):
         return old
     shapes = (b, t, d), (b, t, 2, n), (b, t + 1, n, d)
-    return [jnp.zeros((2, *shape)) for shape in shapes]
+    return [jnp.zeros((2, *shape), jnp.float32) for shape in shapes]
 
 
 def _state(way):
-    return jnp.zeros((2, way.bc.shape[2], 1, *way.a.shape[-2:]))
+    return jnp.zeros((2, way.bc.shape[2], 1, *way.a.shape[-2:]), jnp.float32)
 
 
 def _walk(x, y, way, memory, axis):
@@ -179,7 +179,7 @@ def _walk(x, y, way, memory, axis):
         return y, states, h, [delta, bc, walk]
 
     h = _state(way)
-    states = jnp.zeros((x.shape[axis], *h.squeeze(2).shape))
+    states = jnp.zeros((x.shape[axis], *h.squeeze(2).shape), jnp.float32)
     carry = y, states, h, memory
     y, states, _, memory = lax.fori_loop(0, len(states), line, carry)
     return y, states, memory
@@ -187,7 +187,7 @@ def _walk(x, y, way, memory, axis):
 
 def _sum(x):
     """Over the first of two axes, as a product: XLA:CPU's sums took 3 to 9 times."""
-    return _matmul(jnp.ones(len(x)), x)
+    return _matmul(jnp.ones(len(x), x.dtype), x)
 
 
 def _more_memory(memory):

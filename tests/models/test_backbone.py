@@ -402,6 +402,36 @@ def test_recomputing_changes_no_logit_gradient_or_statistic(images):
                 )
 
 
+@pytest.mark.parametrize("remat", ["block", "stage"])
+def test_recomputing_works_in_transformations_that_have_the_network(images, remat):
+    settings = SHORT | dict(dims=(8,) * 4, head_dim=4)
+    plain = create_model("sparx_swin_nano", **settings)
+    model = create_model("sparx_swin_nano", **settings, remat=remat)
+    shape = jax.eval_shape(plain, images)
+
+    def gradient(network):
+        return jax.grad(lambda x: network(x).sum())
+
+    assert jax.eval_shape(model, images) == shape == jax.eval_shape(model, images)
+    count = [
+        str(jax.make_jaxpr(gradient(m))(images)).count("remat") for m in (plain, model)
+    ]
+    assert count[0] == 0 < count[1]
+    with jax.disable_jit():
+        assert jax.eval_shape(model, images) == shape
+
+
+def test_where_jit_is_off_the_network_does_not_compile_itself(
+    model, images, monkeypatch
+):
+    def reached(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(type(model.stem), "__call__", reached)
+    with jax.disable_jit(), pytest.raises(InterruptedError):
+        model(images)
+
+
 def test_train_and_eval_switch_back_and_forth(model, images, logits):
     model = nnx.clone(model)
     model.train()

@@ -201,3 +201,15 @@ def test_maps_without_room_on_a_tpu_are_walked_in_strips():
     seen = []
     batch_on(make_mesh(), lambda: seen.append(mosaic_tpu.target_vmem()))()
     assert seen == [0] and mosaic_tpu.target_vmem() == 0
+
+
+def test_float32_stays_float32_where_jax_has_64_bits():
+    args = operands(1, 3, 4, 8, 2, 1, "float32")
+    expected = value_and_grads("sequential", args)
+    with jax.enable_x64(True):
+        y, vjp = jax.vjp(partial(ss2d, method="loop"), *args)
+        found = y, *vjp(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+    for name, got, want in zip(("y", *NAMES), found, expected, strict=True):
+        assert got.dtype == "float32", name
+        limit = TOLERANCE["float32"] * np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=0, atol=limit, err_msg=name)
