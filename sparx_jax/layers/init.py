@@ -28,7 +28,8 @@ def on_host(
 
         data = jax.random.key_data(key)
         if isinstance(data, jax.core.Tracer):  # under jax.eval_shape nothing is drawn
-            return jax.pure_callback(sample, jax.ShapeDtypeStruct(shape, dtype), data)
+            result = jax.ShapeDtypeStruct(shape, dtype)
+            return jax.pure_callback(sample, result, data, vmap_method="sequential")
         return jax.device_put(sample(data))
 
     return init

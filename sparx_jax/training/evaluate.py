@@ -27,12 +27,17 @@ from sparx_jax.errors import BadDataError, UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
-from sparx_jax.training.config import Config, as_dict
+from sparx_jax.training.config import Config, as_dict, changes
 from sparx_jax.training.logging import Stopwatch, duration, read_metrics, say
 from sparx_jax.training.results import Result, table, write_results
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.state import Weights
 from sparx_jax.training.step import compile_eval_step
+
+# How pictures are prepared: a network sees others than it was trained for.
+_PICTURES = tuple(
+    f"data.{name}" for name in ("image_size", "crop", "crop_ratio", "mean", "std")
+)
 
 
 class Evaluation(NamedTuple):
@@ -136,11 +141,19 @@ def evaluate_checkpoint(
     if weights == "auto":
         weights = "ema" if checkpoints.has_ema(number) else "raw"
     config, _, source, mesh = prepare(settings)
-    if other := other_class(checkpoints.meta(number), source.class_names):
+    meta = checkpoints.meta(number)
+    if other := other_class(meta, source.class_names):
         raise UserError(
             f"step {number} of {workdir} was trained on other classes, {other}: give "
             "the data set of the same classes, the folders by the same names."
         )
+    differing = [
+        change
+        for change in changes(meta["config"], as_dict(config))
+        if change.split("=")[0] in _PICTURES
+    ]
+    if differing:
+        say(f"pictures are prepared otherwise than in training: {'; '.join(differing)}")
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
     sets = {name: open_eval_set(name, config.data, source) for name in datasets}

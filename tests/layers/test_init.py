@@ -72,3 +72,11 @@ def test_projections_are_uniform_over_their_fan_in(name, fan_in):
     w, bound = np.asarray(getattr(mixer(), name)[...]), fan_in**-0.5
     assert np.abs(w).max() <= bound
     assert abs(w.std() * np.sqrt(3) / bound - 1) < 0.05
+
+
+def test_an_ensemble_draws_what_each_of_its_members_would():
+    def draw(key):
+        return init.weights(key, (3, 4))
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    np.testing.assert_array_equal(jax.vmap(draw)(keys), [draw(key) for key in keys])

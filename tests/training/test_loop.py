@@ -200,6 +200,17 @@ def test_too_many_unreadable_of_all_processes_end_an_evaluation(run, monkeypatch
             evaluate_split(lambda *_: answers, None, config, range(8), setup.mesh)
 
 
+def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
+    evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
+    first = capsys.readouterr().out.splitlines()[0]
+    there = "[0.485, 0.456, 0.406] there, [0.5, 0.4, 0.4] here"
+    assert (
+        first == f"pictures are prepared otherwise than in training: data.mean={there}"
+    )
+    evaluate_checkpoint(tiny_settings(), finished)
+    assert "otherwise" not in capsys.readouterr().out
+
+
 def test_results_are_printed_before_anything_is_written(
     finished, tmp_path, monkeypatch, capsys
 ):
