@@ -266,3 +266,17 @@ def test_a_sweep_with_a_failure_reports_and_exits_with_1(
     assert "0 of 1" in out and "FAILED: seed=1" in out
     run_main(tmp_path, monkeypatch, "--sweep=seed=1", "--report_only")
     assert "0 of 1" in capsys.readouterr().out
+
+
+def test_settings_that_only_the_points_complete_are_no_error(tmp_path):
+    """Those of the command line alone are no run, and not checked as one."""
+    words = "--config.optimizer.warmup_epochs=20 --sweep=train_epochs=50,100 --dry_run"
+    command = [sys.executable, "-m", "sparx_jax.sweep", "--config=configs/digits.py"]
+    result = subprocess.run(
+        [*command, f"--workdir={tmp_path}/runs", *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("train.py --config=") == 2
