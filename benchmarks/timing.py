@@ -91,7 +91,7 @@ def clock(
     """Times each function in turn, `rounds` times, for at least `seconds` a time.
 
     A call before each time is not counted: memory that a virtual machine's host took
-    back meanwhile can cost more than a training step, which a running job never pays.
+    back meanwhile can cost more than a training step, but not one that follows another.
     On CPU it is the CPU time of the process, whatever else the machine does; on an
     accelerator the time until the last of the results is there.
     """

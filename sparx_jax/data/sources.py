@@ -140,7 +140,9 @@ def _entries(path: str) -> list[os.DirEntry]:
         with os.scandir(path) as entries:
             return [entry for entry in entries if entry.name[0] != "."]
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): mend its permissions."
+        ) from error
 
 
 def _folders(path: str) -> list[str]:

@@ -279,9 +279,9 @@ class Checkpoints:
 
     def _check_model(self, step, meta, model):
         differing = [
-            change
-            for change in changes(meta["config"]["model"], model)
-            if change.split("=")[0] not in _FREE_MODEL_SETTINGS
+            text
+            for key, text in changes(meta["config"]["model"], model).items()
+            if key not in _FREE_MODEL_SETTINGS
         ]
         if differing:
             raise UserError(
@@ -305,15 +305,13 @@ class Checkpoints:
 def other_class(meta: dict[str, Any], names: Sequence[str]) -> str:
     """The first class that a checkpoint's `meta` has by another name; "" if none.
 
-    Nothing is known of a checkpoint that was saved without names.
+    Where either has no names at all, nothing is known.
     """
-    pairs = enumerate(zip_longest(meta.get("class_names") or names, names))
-    differing = [
-        f"class {i} is {there!r} there, {here!r} here"
-        for i, (there, here) in pairs
-        if there != here
-    ]
-    return differing[0] if differing else ""
+    saved = meta.get("class_names")
+    for i, (there, here) in enumerate(zip_longest(saved or (), names)):
+        if saved and names and there != here:
+            return f"class {i} is {there!r} there, {here!r} here"
+    return ""
 
 
 def _as_item(weights):

@@ -176,7 +176,8 @@ class Config:
         ok = not value or (len(value) == 2 and 0 < value[0] <= value[1])
         require("config.profile_steps", value, ok, "() or (first, last), from 1")
         value = self.cooldown_epochs
-        require("config.cooldown_epochs", value, value >= 0, "at least 0")
+        ok = 0 <= value < float("inf")
+        require("config.cooldown_epochs", value, ok, "at least 0 and finite")
         for name in ("lr", "eps"):
             value = getattr(optimizer, name)
             require(f"config.optimizer.{name}", value, value > 0, "positive")
@@ -282,17 +283,17 @@ def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changes(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What two results of `as_dict` do not share, each as "a.b=1 there, 2 here".
+def changes(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """What two results of `as_dict` do not share: "a.b=1 there, 2 here" by "a.b".
 
     A setting that `saved` does not know, since it is of an older version, is no change.
     """
     there, here = _flat(saved), _flat(new)
-    return [
-        f"{key}={there[key]!r} there, {here[key]!r} here"
+    return {
+        key: f"{key}={there[key]!r} there, {here[key]!r} here"
         for key in sorted(there.keys() & here.keys())
         if there[key] != here[key]
-    ]
+    }
 
 
 def _flat(values, prefix=""):

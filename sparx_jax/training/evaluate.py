@@ -89,10 +89,11 @@ def evaluate_split(
 
     examples, unreadable = total("examples"), np.sum(answers("label") == UNREADABLE)
     limit = config.data.max_bad_fraction
-    if not examples or unreadable > limit * len(source):  # of all processes
+    if unreadable > limit * len(source):  # of all processes; each looks at its own
         raise BadDataError(
             f"{unreadable} of {len(source)} examples cannot be read, more than "
-            f"data.max_bad_fraction={limit} allows: replace or delete them."
+            f"data.max_bad_fraction={limit} allows: replace or delete those that the "
+            "logs name."
         )
     if unreadable:
         say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
@@ -148,9 +149,9 @@ def evaluate_checkpoint(
             "the data set of the same classes, the folders by the same names."
         )
     differing = [
-        change
-        for change in changes(meta["config"], as_dict(config))
-        if change.split("=")[0] in _PICTURES
+        text
+        for key, text in changes(meta["config"], as_dict(config)).items()
+        if key in _PICTURES
     ]
     if differing:
         say(f"pictures are prepared otherwise than in training: {'; '.join(differing)}")

@@ -36,7 +36,7 @@ def start_from(
         `.pth` or `.safetensors` file under the names of the torch networks. If empty,
         nothing happens.
       state: of the new run.
-      class_names: of the new run, if they are to be those of `source`.
+      class_names: of the new run, to be compared with those of `source`.
 
     Raises:
       UserError: there is no such source, or it is of another network.
@@ -52,7 +52,7 @@ def start_from(
         )
     if path.is_dir():
         arrays, what, meta = _from_run(path, state.step.sharding)
-        other = other_class(meta, class_names or meta.get("class_names", ()))
+        other = other_class(meta, class_names)
     else:
         arrays, what, other = _from_torch(path, own), source, ""
     fitted, new_head = _fit(arrays, own, source, other)

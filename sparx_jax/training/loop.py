@@ -100,7 +100,11 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     unevaluated = False
     if start:
         meta = checkpoints.meta(start)
-        differing = changes(meta["config"], settings)
+        differing = [
+            text
+            for key, text in changes(meta["config"], settings).items()
+            if not re.fullmatch(FREE_SETTINGS, key)
+        ]
         if other := other_class(meta, train_source.class_names):
             differing.append(other)
         _check_config(differing, start, allow_config_change)
@@ -225,11 +229,6 @@ class _Stopped(Exception):  # noqa: N818
 
 
 def _check_config(differing, step, allow):
-    differing = [
-        change
-        for change in differing
-        if not re.fullmatch(FREE_SETTINGS, change.split("=")[0])
-    ]
     if not differing:
         return
     text = "; ".join(differing)

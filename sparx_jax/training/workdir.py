@@ -38,8 +38,8 @@ def held(workdir: str) -> Iterator[None]:
 
 def _lock(workdir):
     path = Path(workdir)
-    # Orbax looks for files by patterns: under a path with these it finds none of a
-    # checkpoint's, and keeps a torso.
+    # Orbax looks for its files by patterns: under a path with these it finds none, and
+    # what it saves is incomplete.
     if "://" in workdir or set("[\\") & set(str(path.absolute())):
         raise UserError(
             f"--workdir={workdir} is a URL, or there is a [ or \\ in its path, "

@@ -208,6 +208,7 @@ def test_classes_of_other_names_are_refused_with_the_first(finished, monkeypatch
 
 def test_of_a_checkpoint_without_names_nothing_is_told():
     assert other_class({}, "ab") == other_class({"class_names": []}, "ab") == ""
+    assert other_class({"class_names": ["a"]}, ()) == ""
     assert (
         other_class({"class_names": ["a"]}, "ab") == "class 1 is None there, 'b' here"
     )

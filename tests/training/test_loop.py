@@ -191,13 +191,16 @@ def test_too_many_unreadable_of_all_processes_end_an_evaluation(run, monkeypatch
     counts = dict.fromkeys(("loss", "top1", "top5"), 0.0) | {"examples": 4.0}
     answers |= counts | {"index": np.arange(8), "label": np.repeat([-1, 0], 4)}
     monkeypatch.setattr(evaluate, "eval_batches", lambda *_, **__: [{}])
-    setup = run.setup
-    for limit, examples in ((0.4, 4.0), (0.9, 0.0)):
+
+    def evaluated(limit):
         data = dataclasses.replace(run.config.data, max_bad_fraction=limit)
         config = dataclasses.replace(run.config, data=data)
-        answers["examples"] = examples
-        with pytest.raises(BadDataError, match="4 of 8 examples cannot be read"):
-            evaluate_split(lambda *_: answers, None, config, range(8), setup.mesh)
+        mesh = run.setup.mesh
+        return evaluate_split(lambda *_: answers, None, config, range(8), mesh)
+
+    assert evaluated(0.5).unreadable == 4
+    with pytest.raises(BadDataError, match="4 of 8 examples cannot be read"):
+        evaluated(0.4)
 
 
 def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
@@ -211,9 +214,7 @@ def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
     assert "otherwise" not in capsys.readouterr().out
 
 
-def test_results_are_printed_before_anything_is_written(
-    finished, tmp_path, monkeypatch, capsys
-):
+def test_results_are_printed_before_anything_is_written(finished, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError("read-only")
 
