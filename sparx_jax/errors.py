@@ -12,6 +12,13 @@ class UserError(Exception):
     """EX_CONFIG: restarting will not help."""
 
 
+class DamagedError(UserError):
+    """A checkpoint cannot be read, or is not what was saved."""
+
+    exit_code = 66
+    """EX_NOINPUT."""
+
+
 class BadDataError(UserError):
     """More of the data set cannot be read than the configuration allows."""
 

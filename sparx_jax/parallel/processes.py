@@ -116,9 +116,10 @@ def lost_peer(error: Exception) -> PeerLostError | None:
 
 
 def together(function: Callable[[], Any]) -> Any:
-    """Calls `function` on every process; a UserError on one is raised on all.
+    """Calls `function` on every process; a UserError on one is one of its kind on all.
 
-    Without that the others would wait for the one that is gone.
+    Without that the others would wait for the one that is gone.  `function` itself must
+    not wait for other processes.
     """
     if jax.process_count() == 1:
         return function()
@@ -132,9 +133,9 @@ def together(function: Callable[[], Any]) -> Any:
     if failed:
         raise failed
     for process in np.flatnonzero(codes):
-        error = UserError(f"process {process} of this job failed: see its log.")
-        error.exit_code = int(codes[process])
-        raise error
+        kinds = {kind.exit_code: kind for kind in UserError.__subclasses__()}
+        kind = kinds.get(int(codes[process]), UserError)
+        raise kind(f"process {process} of this job failed: see its log.")
     return result
 
 

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from sparx_jax.errors import StorageError, UserError
+from sparx_jax.errors import DamagedError, StorageError, UserError
 from sparx_jax.parallel import leaf_name
 from sparx_jax.parallel.processes import together
 from sparx_jax.training.config import changes
@@ -39,10 +39,6 @@ _STORAGE_SIGNS = (
     "Permission denied",
     "Input/output error",
 )
-
-
-class DamagedError(UserError):
-    """A checkpoint cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
@@ -83,6 +79,17 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,
                 ),
             )
+        # Each process reads by itself: the manager's restore would leave the others
+        # waiting for one that fails.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=None, active_processes={jax.process_index()}
+        )
+        self._reader = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+            ),
+            multiprocessing_options=alone,
+        )
 
     def save(
         self,
@@ -156,9 +163,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON object of a step.  Raises DamagedError."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        with self._damage(step):
-            return dict(self._manager.restore(step, args=args)["meta"])
+        return together(lambda: self._meta(step))
 
     def restore(self, step: int, like: TrainState, model: dict) -> TrainState:
         """The state of a step, with the shapes and shardings of `like`.
@@ -186,9 +191,9 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state = together(lambda step=step: self.restore(step, like, model))
+                state = self.restore(step, like, model)
             except DamagedError as error:
-                say(f"{error} Looking for an earlier one.")
+                print(f"{error} Looking for an earlier one.", flush=True)  # on each
                 damaged.append(step)
                 continue
             self._set_aside(damaged)
@@ -214,10 +219,31 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits and lets go."""
+        self._reader.close()
         self._manager.close()
 
     def _restore(self, step, targets, model):
-        meta = self.meta(step)
+        """The items `targets` of a step, on all processes; all fail alike."""
+        args = {k: ocp.args.StandardRestore(abstract(v)) for k, v in targets.items()}
+
+        def read():
+            saved = self._checked(step, targets, model)
+            with self._damage(step):
+                return saved, self._read(step, **args)
+
+        saved, restored = together(read)
+        for name in targets:
+            if wrong := differing(saved[name], fingerprints(restored[name])):
+                raise DamagedError(
+                    f"checkpoint {step} in {self.path} is damaged: {name} "
+                    f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} "
+                    "differs from what was saved."
+                )
+        return restored
+
+    def _checked(self, step, targets, model):
+        """Fingerprints by item, once it is known that `targets` fit the step."""
+        meta = self._meta(step)
         self._check_model(step, meta, model)
         if "ema" in targets and not self.has_ema(step):
             raise UserError(
@@ -227,19 +253,15 @@ class Checkpoints:
         with self._damage(step):
             saved = {name: dict(meta["fingerprints"][name]) for name in targets}
         self._check_arrays(step, saved, targets)
-        args = {
-            k: ocp.args.StandardRestore(abstract(item)) for k, item in targets.items()
-        }
+        return saved
+
+    def _meta(self, step):
         with self._damage(step):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        for name in targets:
-            if wrong := differing(saved[name], fingerprints(restored[name])):
-                raise DamagedError(
-                    f"checkpoint {step} in {self.path} is damaged: {name} "
-                    f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} "
-                    "differs from what was saved."
-                )
-        return restored
+            return dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
+
+    def _read(self, step, **args):
+        path = self.path / str(step)
+        return self._reader.restore(path, args=ocp.args.Composite(**args))
 
     @contextlib.contextmanager
     def _damage(self, step) -> Iterator[None]:

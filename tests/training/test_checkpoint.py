@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sparx_jax.data.sources import DigitsSource
-from sparx_jax.errors import StorageError, UserError
+from sparx_jax.errors import DamagedError, StorageError, UserError
 from sparx_jax.training import loop
-from sparx_jax.training.checkpoint import Checkpoints, DamagedError, other_class
+from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import as_dict
 from sparx_jax.training.evaluate import evaluate_checkpoint
 from sparx_jax.training.fingerprint import differing, fingerprints

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from sparx_jax.training.logging import read_metrics
 from tests.training.jobs import CONFIG, ROOT, Job, arrays, free_port, same_bits
 
+BLIND = "--config=tests/training/blind_config.py"
 SAVE_OFTEN = "--config.checkpoint_every_steps=1"
 
 
@@ -133,6 +135,16 @@ def test_a_run_goes_on_with_other_processes_and_devices(straight, tmp_path):
     expected, found = arrays(straight), arrays(workdir)
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_damage_that_one_of_two_processes_meets_is_everybodys(straight_two, tmp_path):
+    workdir = shutil.copytree(straight_two, tmp_path / "run")
+    job = completed(workdir, processes=2, config=BLIND)
+    assert "process 1 of this job failed: see its log. Looking for" in job.log()
+    assert "12 in" in job.log(1) and "a block of its disk is bad" in job.log(1)
+    assert "going on after step 8" in job.log()
+    assert same_bits(arrays(straight_two), arrays(workdir)) == []
 
 
 @pytest.mark.slow
