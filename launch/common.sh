@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # What the launchers share: which exit codes of train.py start a job again, and signals.
 
-# 17: preempted, the state is saved.  134 and 137: a process was aborted or killed, or
+# 17: preempted, the state is saved.  134, 137, 143: a process was aborted or killed, or
 # never came; no peer can go on without it, so all start anew.  Any other code is
 # final; docs/pods.md says what each means.
-RESTART_CODES=(17 134 137)
+RESTART_CODES=(17 134 137 143)
 
 restartable() { # CODE
   [[ " ${RESTART_CODES[*]} " == *" $1 "* ]]

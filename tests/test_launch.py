@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-RESTART = (17, 134, 137)
+RESTART = (17, 134, 137, 143)
 FINAL = (1, 65, 70, 74, 75, 78, 139)
 PREEMPTIBLE = "trap 'kill $!; exit 17' TERM; echo >>lives; sleep 30 & wait"
 
@@ -128,11 +128,8 @@ def test_all_scripts_pass_shellcheck():
 
 def test_the_policy_is_that_of_this_test():
     text = f"source {LAUNCH}/common.sh; echo ${{RESTART_CODES[@]}}"
-    assert subprocess.check_output(["bash", "-c", text]).split() == [
-        b"17",
-        b"134",
-        b"137",
-    ]
+    told = subprocess.check_output(["bash", "-c", text], text=True)
+    assert told.split() == [str(code) for code in RESTART]
 
 
 @pytest.mark.parametrize("code", [0, *RESTART, *FINAL])
@@ -465,7 +462,7 @@ def test_xpk_gets_the_policy_and_one_program(bench):
         "xpk", "workload", "create", "--workload=pod", "--cluster=c",
         "--tpu-type=v5litepod-16", "--num-slices=1", "--docker-image=registry/image",
         "--max-restarts=50", "--termination-grace-period-seconds=300",
-        "--restart-on-exit-codes=17,134,137", "--storage=bucket",
+        "--restart-on-exit-codes=17,134,137,143", "--storage=bucket",
         "--command=exec python train.py --workdir=/b/a\\ b ",
     ]]  # fmt: skip
 
@@ -514,7 +511,7 @@ def test_a_job_set_restarts_on_the_right_exit_codes_only():
 def test_skypilot_leaves_exit_codes_to_restart_sh():
     recovery = read_yaml(LAUNCH / "sky.yaml")["resources"]["job_recovery"]
     # SkyPilot restarts if ANY node has such a code, and gives 137 to killed peers.
-    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [17]}
+    assert recovery == {"max_restarts_on_errors": 0, "recover_on_exit_codes": [17, 143]}
 
 
 def test_skypilot_starts_a_process_on_each_node(bench):

@@ -1,7 +1,12 @@
 """Host-side data: sources of labelled images, transforms, and batches (no JAX)."""
 
 from sparx_jax.data.eval_sets import EVAL_SETS, EvalSet, open_eval_set
-from sparx_jax.data.pipeline import UNREADABLE, eval_batches, train_batches
+from sparx_jax.data.pipeline import (
+    UNREADABLE,
+    eval_batches,
+    too_many_unreadable,
+    train_batches,
+)
 from sparx_jax.data.sources import Source, open_source
 from sparx_jax.data.transforms import decode_image, eval_transform, train_transform
 
@@ -15,6 +20,7 @@ __all__ = [
     "eval_transform",
     "open_eval_set",
     "open_source",
+    "too_many_unreadable",
     "train_batches",
     "train_transform",
 ]

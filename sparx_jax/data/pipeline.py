@@ -70,8 +70,9 @@ def train_batches(
 
     Raises:
       UserError: the processes cannot share the batch equally.
-      BadDataError: while iterating: this process has met too many unreadable
-        examples, or a worker has died twice at the same batch.
+      BadDataError: while iterating: too many examples are unreadable, where several
+        processes read for the caller to find, or a worker has died twice at the same
+        batch.
     """
     if data.decode == "fast":
         decode, transform = fast_train_transform(data)
@@ -94,7 +95,7 @@ def train_batches(
     for_training = ("image", "label", "weight")
     return (
         {key: batch[key] for key in for_training}
-        for batch in _checked(batches, data, source)
+        for batch in _checked(batches, data, source, process_count)
     )
 
 
@@ -133,7 +134,7 @@ def eval_batches(
     padded_length = -(-len(source) // batch_size) * batch_size
     examples = grain.MapDataset.range(padded_length).map(load)
     batches = examples[process_index::process_count].batch(local_size)
-    return _checked(batches, data, source)
+    return _checked(batches, data, source, process_count)
 
 
 def _local_size(batch_size: int, process_count: int) -> int:
@@ -176,7 +177,22 @@ def _read(
         return _example(blank, UNREADABLE, 0, index, reason)
 
 
-def _checked(batches: grain.MapDataset, data: Any, source: Source) -> Iterator[Batch]:
+def too_many_unreadable(
+    count: int, source: Source, data: Any, names: str = "the logs name them"
+) -> BadDataError | None:
+    """An error if `count` unreadable examples are more than `data` allows."""
+    if count <= data.max_bad_fraction * len(source):
+        return None
+    return BadDataError(
+        f"{count} of {len(source)} examples cannot be read, more than "
+        f"data.max_bad_fraction={data.max_bad_fraction} allows: {names}; replace or "
+        "delete them."
+    )
+
+
+def _checked(
+    batches: grain.MapDataset, data: Any, source: Source, process_count: int
+) -> Iterator[Batch]:
     """The batches; logs each unreadable example once, stops at too many of them."""
     bad = {}  # why, by index
     for batch in _read_ahead(batches, data.workers):
@@ -187,12 +203,10 @@ def _checked(batches: grain.MapDataset, data: Any, source: Source) -> Iterator[B
                 continue
             bad[index] = f"{source.name(index)} ({reasons[row]})"
             logging.error("unreadable, left out with weight 0: %s", bad[index])
-        if len(bad) > data.max_bad_fraction * len(source):
-            raise BadDataError(
-                f"{len(bad)} of {len(source)} examples cannot be read, more than "
-                f"data.max_bad_fraction={data.max_bad_fraction} allows: "
-                f"{', '.join(list(bad.values())[:5])}; replace or delete them."
-            )
+        names = ", ".join(list(bad.values())[:5])
+        error = too_many_unreadable(len(bad), source, data, names)
+        if error and process_count == 1:  # several have to stop together
+            raise error
         yield batch
 
 

@@ -22,8 +22,9 @@ from sparx_jax.data import (
     eval_batches,
     eval_transform,
     open_eval_set,
+    too_many_unreadable,
 )
-from sparx_jax.errors import BadDataError, UserError
+from sparx_jax.errors import UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
@@ -88,13 +89,8 @@ def evaluate_split(
         return np.concatenate([result[name] for result in results])[order]
 
     examples, unreadable = total("examples"), np.sum(answers("label") == UNREADABLE)
-    limit = config.data.max_bad_fraction
-    if unreadable > limit * len(source):  # of all processes; each looks at its own
-        raise BadDataError(
-            f"{unreadable} of {len(source)} examples cannot be read, more than "
-            f"data.max_bad_fraction={limit} allows: replace or delete those that the "
-            "logs name."
-        )
+    if error := too_many_unreadable(unreadable, source, config.data):
+        raise error
     if unreadable:
         say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
     return Evaluation(

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sparx_jax.data import train_batches
+from sparx_jax.data import too_many_unreadable, train_batches
 from sparx_jax.errors import NonFiniteLossError, Preempted, UserError
 from sparx_jax.parallel import put_batch
 from sparx_jax.parallel.processes import stop_request, together
@@ -138,7 +138,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         start_step=start,
         **process_share(),
     )
-    window = _Window(config, lengths, checkpoints)
+    window = _Window(config, lengths, checkpoints, train_source)
     profiler = _Profiler(config.profile_steps, workdir)
 
     compiled = False
@@ -270,15 +270,16 @@ class _Window:
     The metrics of a step are read when the next step has been dispatched.
     """
 
-    def __init__(self, config, lengths, checkpoints):
+    def __init__(self, config, lengths, checkpoints, source):
         self._config, self._lengths = config, lengths
-        self._checkpoints = checkpoints
+        self._checkpoints, self._source = checkpoints, source
+        self._epoch = self._unreadable_in_epoch = 0
         self._pending, self._step, self._skipped_in_a_row = None, 0, 0
         self.restart()
 
     def restart(self):
         self._start, self._waited, self.steps = time.perf_counter(), 0.0, 0
-        self._losses, self._skipped = [], 0
+        self._losses, self._skipped, self._unreadable = [], 0, 0
 
     def is_idle(self):
         """Whether the device has done all that was dispatched."""
@@ -293,6 +294,7 @@ class _Window:
 
     def _read(self, metrics, step):
         metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        self._count_unreadable(metrics["unreadable"], step)
         if not metrics["skipped"]:
             self._losses.append(metrics["train_loss"])
             self._skipped_in_a_row = 0
@@ -310,6 +312,20 @@ class _Window:
             )
         return metrics
 
+    def _count_unreadable(self, count, step):
+        """Of all processes, which therefore stop after the same step if they must."""
+        self._unreadable += count
+        size, batch_size = len(self._source), self._config.batch_size
+        epoch = (step * batch_size - 1) // size
+        if epoch != self._epoch:
+            self._epoch, self._unreadable_in_epoch = epoch, 0
+        if (step - 1) * batch_size // size == epoch:  # or some are of the one before
+            self._unreadable_in_epoch += count
+        if error := too_many_unreadable(
+            self._unreadable_in_epoch, self._source, self._config.data
+        ):
+            raise error
+
     def close(self):
         """The record of the window, which is also printed."""
         pending, self._pending = self._pending, None
@@ -324,6 +340,7 @@ class _Window:
             "learning_rate": metrics["learning_rate"],
             "grad_norm": metrics["grad_norm"],
             "skipped_steps": self._skipped,
+            "unreadable": self._unreadable,
             "images_per_s": rate,
             "data_wait": self._waited / elapsed,
         }
@@ -335,6 +352,7 @@ class _Window:
             f"{record['learning_rate']:.1e}  {rate:,.0f} images/s  {left} left  "
             f"waiting for data {record['data_wait']:.0%}"
             + (f"  skipped {self._skipped} step(s)" if self._skipped else "")
+            + (f"  {self._unreadable} unreadable" if self._unreadable else "")
         )
         self.restart()
         return record

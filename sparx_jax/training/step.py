@@ -123,6 +123,7 @@ def train_step(
         "learning_rate": rate,
         "grad_norm": grad_norm,
         "skipped": ~finite,
+        "unreadable": jnp.sum(batch["weight"] == 0),
     }
     return TrainState(state.step + 1, *new), metrics
 

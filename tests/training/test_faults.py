@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sparx_jax.training.logging import read_metrics
 from tests.training.jobs import CONFIG, ROOT, Job, arrays, free_port, same_bits
@@ -145,6 +146,28 @@ def test_damage_that_one_of_two_processes_meets_is_everybodys(straight_two, tmp_
     assert "12 in" in job.log(1) and "a block of its disk is bad" in job.log(1)
     assert "going on after step 8" in job.log()
     assert same_bits(arrays(straight_two), arrays(workdir)) == []
+
+
+@pytest.mark.slow
+def test_too_many_unreadable_pictures_end_all_processes_with_the_same_code(tmp_path):
+    """Of all bad pictures neither process sees as many as are too many."""
+    folder = tmp_path / "data"
+    for split, count in (("train", 240), ("test", 24)):
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count // 2):
+                picture = folder / split / name / f"{i:03}.png"
+                Image.new("RGB", (40, 40)).save(picture)
+    for picture in sorted((folder / "train/a").iterdir())[:60]:
+        os.truncate(picture, 60)
+    flags = ["data.name=folder", f"data.root={folder}", "data.max_bad_fraction=0.1"]
+    flags = [f"--config.{x}" for x in (*flags, "batch_size=24", "train_epochs=3")]
+    job = Job(tmp_path / "run", *flags, processes=2)
+    assert job.wait() == [65, 65], job.log() + job.log(1)
+    for log in job.log(), job.log(1):
+        assert re.search(r"error: \d+ of 240 examples cannot be read", log)
+    bad = [set(re.findall(r"a/\d+\.png", log)) for log in (job.log(), job.log(1))]
+    assert max(map(len, bad)) <= 24 < len(bad[0] | bad[1])
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
 
 def test_compiling_the_evaluation_counts_as_compilation(tmp_path, monkeypatch):
     """Steps that do nothing; the first evaluation takes 3 s."""
-    names = "train_loss", "grad_norm", "learning_rate", "skipped"
+    names = "train_loss", "grad_norm", "learning_rate", "skipped", "unreadable"
 
     def train_step(state, batch):
         metrics = dict.fromkeys(names, batch["weight"].sum() * 0)

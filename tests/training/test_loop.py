@@ -203,6 +203,22 @@ def test_too_many_unreadable_of_all_processes_end_an_evaluation(run, monkeypatch
         evaluated(0.4)
 
 
+def test_too_many_unreadable_in_an_epoch_end_training(run):
+    """Each picture comes once an epoch, and an epoch may end within a batch."""
+    data = dataclasses.replace(run.config.data, max_bad_fraction=0.25)
+    config = dataclasses.replace(run.config, data=data, batch_size=4)
+    metrics = dict.fromkeys(("train_loss", "skipped"), jnp.zeros(()))
+
+    def steps(*unreadable):
+        window = loop._Window(config, None, None, range(10))
+        for step, count in enumerate(unreadable, start=1):
+            window._read(metrics | {"unreadable": jnp.asarray(count)}, step)
+
+    steps(1, 1, 2, 1, 1, 1, 1, 2)  # the third and last have examples of two epochs
+    with pytest.raises(BadDataError, match="3 of 10 examples cannot be read"):
+        steps(1, 1, 2, 1, 2)
+
+
 def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
     evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
     first = capsys.readouterr().out.splitlines()[0]
