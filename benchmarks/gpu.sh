@@ -6,6 +6,7 @@
 # the authors' files, with PyTorch installed; it is measured first, on the same card.
 set -eu
 out=$1
+mkdir -p "$out"
 peer=${2:-}
 python=${PYTHON:-python3}
 if [ -n "$peer" ]; then

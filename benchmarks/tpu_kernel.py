@@ -55,24 +55,26 @@ def schedules(folder, kernel):
     return found
 
 
-def scan_cycles(found, size, plan):
+def scan_cycles(found, size, plan, gradient):
     """Of all strips and directions of 8 pictures and 128 channels.
 
-    In a program there are loops over lines and one over directions, in which is one
-    over pieces, the largest; for one direction the compiler may drop the outer one.
+    In a program there are loops over lines and one over groups of directions side by
+    side, in which is one over pieces, the largest; for one group the compiler may drop
+    the outer one.
     """
     assert len(found) == len(plan), f"{len(found)} kernels for {len(plan)} calls"
     total = 0
     for (_, program), *inner in found:
         call = plan[0]  # of a square map all are alike
-        ways = sum(map(len, call.ways))
+        (walk,) = call.walks
+        groups = len(walk.ways) // (1 if gradient else walk.beside)
         pieces = max(count for _, count in inner)
         total += -(-size // call.lines) * program
         for (depth, count), (following, _) in pairwise([*inner, (0, 0)]):
             if count == pieces:
-                times = ways * size * size // call.pieces[0]
+                times = groups * size * size // walk.piece
             else:
-                times = ways if following > depth else size
+                times = groups if following > depth else size
             total += times * count
     return total / (4 * size * size)
 
@@ -195,9 +197,10 @@ def measure(args, folder):
         operands = x, p, *(given(shape, jnp.float32) for shape in shapes)
         ours = partial(mosaic_tpu.four_scans, vmem=vmem)
         theirs = partial(four_scans, "associative")
-        count = partial(scan_cycles, size=size, plan=plan)
+        count = partial(scan_cycles, size=size, plan=plan, gradient=False)
         common = size, dim, "four_scans_forward", count
         yield name, "forward", cycles(*common, ours, theirs, *operands, ways=4)
+        count = partial(count, gradient=True)
         common = size, dim, "four_scans_backward", count
         both = gradient(ours), gradient(theirs)
         yield name, "backward", cycles(*common, *both, x, *operands, ways=4)

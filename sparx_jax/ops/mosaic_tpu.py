@@ -2,11 +2,12 @@
 
 One program has the map of 8 pictures and 128 channels in VMEM, a vector register a
 pixel, and walks over it four times: rows and columns are loop orders, backwards is an
-index.  Step sizes, B and C are made where they are used, by one product of the matrix
-unit for some pixels: its columns of ones copy B and C to all 128 lanes.  Only `x`, the
-projections `p` and the sum of the four outputs pass through HBM.  The gradient keeps
-these inputs and one state for each piece of a line, with which it walks each direction
-once, against its order.
+index.  Forward these walks go side by side, since each waits for itself.  Step sizes,
+B and C are made where they are used, by one product of the matrix unit for some pixels:
+its columns of ones copy B and C to all 128 lanes.  Only `x`, the projections `p` and
+the sum of the four outputs pass through HBM.  The gradient keeps these inputs and one
+state for each piece of a line, with which it walks each direction once, against its
+order.
 
 Where a map has no room each direction is a call of the same kernel.  Its programs have
 a strip of whole lines each and hand their states on in the order of the walk; the sums
@@ -15,6 +16,7 @@ over directions pass from call to call through HBM in float32.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import jax
@@ -42,7 +44,7 @@ VMEM = {
 USABLE = 0.85
 # At most as many steps of one state are straight code: more of them hide more of the
 # scan's latency, and take longer to compile.
-PIECE = 56
+STEPS = 112
 
 
 def target_vmem() -> int:
@@ -50,9 +52,8 @@ def target_vmem() -> int:
     return VMEM.get(target_kind(), 0)
 
 
-def _piece(lines, length, states):
-    """Pixels of straight code: of one line, or of several whole ones."""
-    most = max(8, PIECE // states)
+def _piece(lines, length, most):
+    """Pixels of straight code, of one line or of several whole ones."""
     return max(
         i
         for i in range(1, most + 1)
@@ -60,13 +61,28 @@ def _piece(lines, length, states):
     )
 
 
+class Walk(NamedTuple):
+    """Directions along lines of the same length."""
+
+    ways: range
+    beside: int
+    """How many of them are walked side by side in the forward pass."""
+    piece: int
+    """Pixels whose steps are straight code."""
+
+
+def _walk(ways, lines, length, states):
+    choices = []
+    for beside in (1, 2, 4)[: len(ways).bit_length()]:
+        most = max(8, STEPS // states // beside)
+        choices.append(Walk(ways, beside, _piece(lines, length, most)))
+    return max(choices, key=lambda walk: (walk.beside * walk.piece, walk.beside))
+
+
 class Call(NamedTuple):
     """What one call of a kernel walks."""
 
-    ways: tuple[range, ...]
-    """Directions, those of one range along lines of the same length."""
-    pieces: tuple[int, ...]
-    """For each range the pixels whose steps are straight code."""
+    walks: tuple[Walk, ...]
     lines: int
     """Rows of a strip or, if the first direction is along columns, columns."""
     buffers: int
@@ -86,37 +102,38 @@ def calls(
     tokens = -(-e // LANES)
     sizes = (height, width), (width, height)
 
-    def room(ways, piece):
+    def room(*walks):
         """Bytes for the blocks, and those of one pixel: operands, and all others.
 
         Of the gradient, which needs more than the forward pass.
         """
-        temporaries = (4 + 8 * n) * max(8, PIECE // n) * f32
+        temporaries = (4 + 8 * n) * max(w.beside * w.piece for w in walks) * f32
+        ways = sum(len(walk.ways) for walk in walks)
         weights = ways * e * ((1 + 2 * n) * own + f32) // SUBLANES
-        states = ways * n * f32 / piece
+        states = ways * n * f32 / min(walk.piece for walk in walks)
         others = f32 + 2 * (own + tokens * f32 + states)
         free = vmem * 2**20 * USABLE - temporaries - 2 * weights
         return free, (2 + tokens) * own, others
 
     square = height == width
     ways = (range(4),) if square else (range(0, 4, 2), range(1, 4, 2))
-    pieces = tuple(_piece(*sizes[way.start], n) for way in ways)
-    free, operands, others = room(4, min(pieces))
+    walks = tuple(_walk(way, *sizes[way.start], n) for way in ways)
+    free, operands, others = room(*walks)
     buffers = int(min(2, (free / (height * width) - others) // operands))
     if buffers > 0:
-        return (Call(ways, pieces, height, buffers, vmem),)
+        return (Call(walks, height, buffers, vmem),)
     result = []
     for way in range(4):
         lines, length = sizes[way % 2]
-        piece = _piece(1, length, n)
-        free, operands, others = room(1, piece)
+        walk = _walk(range(way, way + 1), 1, length, n)
+        free, operands, others = room(walk)
         # All sums are in float32, and those before are operands.
         pixel = 2 * operands + others + 2 * (f32 - own) + 2 * (1 + tokens) * f32
         most = int(free / (length * pixel))
         if most < 1:
             return ()
         strip = pl.cdiv(lines, pl.cdiv(lines, most))
-        result.append(Call((range(way, way + 1),), (piece,), strip, 2, vmem))
+        result.append(Call((walk,), strip, 2, vmem))
     return tuple(result)
 
 
@@ -211,17 +228,32 @@ def _filled(array):
     return jnp.pad(array, pad)
 
 
-class _Walk:
+def _softplus_and_sigmoid(z, dtype):
+    """As that of scan.py; for bfloat16 in half as many instructions.
+
+    The error is then that of the unit for logarithms, 1e-7 of it, relative to 1.
+    """
+    if dtype == jnp.float32:
+        return softplus_and_sigmoid(z)
+    e = jnp.exp2(jnp.abs(z) * np.float32(-1 / np.log(2)))
+    sum_ = 1.0 + e
+    log1p = jnp.log(sum_) + (e - (sum_ - 1.0))  # with what rounding took from the sum
+    reciprocal = pl.reciprocal(sum_, approx=True)
+    reciprocal *= 2.0 - sum_ * reciprocal
+    return jnp.maximum(z, 0.0) + log1p, jnp.where(z >= 0, 1.0, e) * reciprocal
+
+
+class _Walker:
     """Directions of the same length of lines, one after the other, over one block.
 
     A line is walked in pieces, each so short that all its steps are straight code,
     which the compiler has run beside the arithmetic of other pixels.
     """
 
-    def __init__(self, ways, piece, first, size, strip, dim, x, p, w, bias, a):
-        self._ways, self.piece, self._first = ways, piece, first
-        self._weights = w, bias, a
-        self.column, self.states = ways.start % 2, a.shape[1]
+    def __init__(self, walk, first, size, strip, dim, x, p, w, bias, a):
+        self._ways, self._beside, self.piece = walk
+        self._first, self._weights = first, (w, bias, a)
+        self.column, self.states = self._ways.start % 2, a.shape[1]
         self.lines, self.length = x.shape[1::-1] if self.column else x.shape[:2]
         # The last strip may have fewer.
         self.count = jnp.minimum(self.lines, size[self.column] - strip * self.lines)
@@ -251,44 +283,53 @@ class _Walk:
         """Walks every direction; `carry` has the states of all blocks of channels.
 
         Args:
-          function: of the direction's number in this call, that of the piece in walking
-            order, the places of its pixels, and the states; returns new states.
+          function: of the number of a piece in walking order, and for each of the
+            directions side by side its number in this call, the places of the pixels,
+            and the states; returns new states for each.
           carry: from one strip to the next.
-          gradient: against the walking order.
+          gradient: against the walking order, and no directions side by side.
         """
         steps = lax.div(self.count * self.length, self.piece)
+        beside = 1 if gradient else self._beside
+        groups = len(self._ways) // beside
 
-        def way(i, _):
-            k = self._ways.start + i * self._ways.step
+        def group(i, _):
+            numbers = [i + groups * other for other in range(beside)]
+            ks = [self._ways.start + i * self._ways.step for i in numbers]
 
-            def step(i, h):
+            def step(i, hs):
                 i = steps - 1 - i if gradient else i
-                at = self._places(k, i * self.piece)
-                return function(k - self._first, i, at, h)
+                places = [self._places(k, i * self.piece) for k in ks]
+                ways = [k - self._first for k in ks]
+                return function(i, zip(ways, places, hs, strict=True))
 
             start = tuple(
                 jnp.where(self._first_strip, 0.0, carry[self._block, n])
                 for n in range(self.states)
             )
-            for n, h in enumerate(lax.fori_loop(0, steps, step, start)):
+            hs = lax.fori_loop(0, steps, step, (start,) * beside)
+            for n, h in enumerate(hs[0]):  # in strips there is one direction
                 carry[self._block, n] = h
 
-        lax.fori_loop(0, len(self._ways), way, None)
+        lax.fori_loop(0, groups, group, None)
 
     def _places(self, k, pixel):
-        """Row and column of those of the piece that begins there in walking order."""
+        """Those of the pixels of the piece that begins there in walking order."""
         backwards, column = k >= 2, lax.rem(k, 2) == 1
         line, pixel = lax.div(pixel, self.length), lax.rem(pixel, self.length)
         line = jnp.where(backwards, self.count - 1 - line, line)
         pixel = jnp.where(backwards, self.length - 1 - pixel, pixel)
-        start = jnp.where(column, pixel, line), jnp.where(column, line, pixel)
+        row, at = jnp.where(column, pixel, line), jnp.where(column, line, pixel)
         one = jnp.where(backwards, -1, 1)
         down, right = jnp.where(column, one, 0), jnp.where(column, 0, one)
-        steps = (divmod(i, self.length) for i in range(self.piece))
-        return [
-            (start[0] + i * right + j * down, start[1] + i * down + j * right)
-            for i, j in steps
-        ]
+        # By sums alone: the scalar unit is busy.
+        steps, places = min(self.piece, self.length) - 1, []
+        while len(places) < self.piece:
+            rows = accumulate(repeat(down, steps), initial=row)
+            columns = accumulate(repeat(right, steps), initial=at)
+            places += zip(rows, columns, strict=True)
+            row, at = row + right, at + down
+        return places
 
     def read(self, ref, at):
         """Pixels of a block in float32, pixels and pictures as one axis."""
@@ -310,9 +351,9 @@ class _Walk:
         columns = [
             mixed[:, i * LANES : (i + 1) * LANES] for i in range(1 + 2 * self.states)
         ]
-        delta, sigmoid = softplus_and_sigmoid(columns[0] + bias[k])
+        delta, sigmoid = _softplus_and_sigmoid(columns[0] + bias[k], self._dtype)
         a = [a[k, n][None] for n in range(self.states)]
-        decay = [jnp.exp(delta * a_n) for a_n in a]
+        decay = [jnp.exp2(delta * (a_n * np.float32(1 / np.log(2)))) for a_n in a]
         b, c = columns[1 : 1 + self.states], columns[1 + self.states :]
         drive = [delta * u * b_n for b_n in b]
         return u, p, delta, sigmoid, a, b, c, decay, drive
@@ -335,18 +376,28 @@ def _forward_kernel(walks, first, x, p, w, bias, a, d, *refs):
     walks[0].for_lines(start)
     for walk in walks:
 
-        def piece(k, i, at, h, walk=walk):
-            for n, h_n in enumerate(h):
-                starts[k, i, n] = h_n
-            *_, c, decay, drive = walk.operands(k, at)
-            parts = [[walk.each(t) for t in ts] for ts in (c, decay, drive)]
-            for j, place in enumerate(at):
-                h, out = list(h), total[place]
-                for n, (c, decay, drive) in enumerate(zip(*parts, strict=True)):
-                    h[n] = decay[j] * h[n] + drive[j]
-                    out += c[j] * h[n]
-                total[place] = out
-            return tuple(h)
+        def piece(i, ways, walk=walk):
+            places, states, parts = [], [], []
+            for k, at, h in ways:
+                for n, h_n in enumerate(h):
+                    starts[k, i, n] = h_n
+                *_, c, decay, drive = walk.operands(k, at)
+                parts.append([[walk.each(t) for t in ts] for ts in (c, decay, drive)])
+                places.append(at)
+                states.append(list(h))
+            outs = [[0.0] * walk.piece for _ in places]
+            for j in range(walk.piece):
+                for h, out, part in zip(states, outs, parts, strict=True):
+                    for n, (c, decay, drive) in enumerate(zip(*part, strict=True)):
+                        h[n] = decay[j] * h[n] + drive[j]
+                        out[j] += c[j] * h[n]
+            # Reads before writes: of two places the compiler does not know that they
+            # differ.  Those of two directions may be the same.
+            for at, out in zip(places, outs, strict=True):
+                old = [total[i] for i in at]
+                for i, one, other in zip(at, old, out, strict=True):
+                    total[i] = one + other
+            return tuple(map(tuple, states))
 
         walk.for_pieces(piece, carry)
 
@@ -384,7 +435,8 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
 
     for walk in walks:
 
-        def piece(k, i, at, grad_h, walk=walk):
+        def piece(i, ways, walk=walk):
+            ((k, at, grad_h),) = ways
             u, p, delta, sigmoid, a, b, c, decay, drive = walk.operands(k, at)
             g = walk.read_map(grad, at)
             place, columns = k * (1 + walk.states), []
@@ -419,13 +471,12 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
             # The transposed product sums the gradients of B and C over the lanes.
             columns = jnp.concatenate([grad_dt, *grad_b, *grad_c], 1)
             part = walk.dot(columns, w[k], ((1,), (1,)))
-            for j, one, other in zip(
-                at, walk.each(grad_u), walk.each(part), strict=True
-            ):
-                total[j] += one
-                grad_p[j] += other
+            for array, more in ((total, grad_u), (grad_p, part)):
+                old = [array[i] for i in at]
+                for i, one, other in zip(at, old, walk.each(more), strict=True):
+                    array[i] = one + other
             grad_w[0, k] += walk.dot(p, grad_dt, ((0,), (0,)))
-            return tuple(carried)
+            return (tuple(carried),)
 
         walk.for_pieces(piece, carry, gradient=True)
 
@@ -448,20 +499,20 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
     """
     x, p, w, bias, a, d = operands
     (*size, batch, dim), e, n = x.shape, p.shape[-1], a.shape[1]
-    first, number = call.ways[0].start, sum(map(len, call.ways))
+    first = call.walks[0].ways.start
+    number = sum(len(walk.ways) for walk in call.walks)
     column, last = first % 2, first + number == 4
     shape = (size[0], call.lines) if column else (call.lines, size[1])
     parts, strips = batch // SUBLANES, pl.cdiv(size[column], call.lines)
     blocks = pl.cdiv(dim, LANES)
-    pieces = shape[0] * shape[1] // min(call.pieces)
+    pieces = shape[0] * shape[1] // min(walk.piece for walk in call.walks)
 
     def strip(s):
         return strips - 1 - s if (first >= 2) != bool(given) else s
 
     def walks(*refs):
         s = strip(pl.program_id(1))
-        walked = zip(call.ways, call.pieces, strict=True)
-        return [_Walk(*way, first, size, s, dim, *refs) for way in walked]
+        return [_Walker(walk, first, size, s, dim, *refs) for walk in call.walks]
 
     def pixels(last, channel, **options):
         def index(b, s, c):

@@ -153,7 +153,7 @@ def _check(values):
         if isinstance(value, tuple) and any(isinstance(v, str) for v in value):
             raise UserError(
                 f"--config.{key}={''.join(map(str, value))} is not a tuple of numbers: "
-                "write it as (2,2,7,2)."
+                "write it as '(2,2,7,2)'."
             )
     from_config_dict(values["config"].value)
 

@@ -185,7 +185,7 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         write_results(workdir, title, results, summary)
     if to_draw:
-        write_report(workdir, config, to_draw, source, step=number)
+        write_report(workdir, config, to_draw, source, title=title)
     return summary
 
 
@@ -248,9 +248,12 @@ def _at_resolution(config, size):
 
 
 def write_report(
-    workdir: str, config: Config, evaluation: Evaluation, source: Source, *, step: int
+    workdir: str, config: Config, evaluation: Evaluation, source: Source, *, title: str
 ) -> Path:
-    """Draws `report.png`: curves, wrong answers, wiring of the network."""
+    """Draws `report.png`: curves, wrong answers, wiring of the network.
+
+    `title` says of what `evaluation` is: network, step, kind of weights.
+    """
     from sparx_jax import plots  # matplotlib takes a second that pods need not spend
 
     path = Path(workdir) / "report.png"
@@ -260,8 +263,8 @@ def write_report(
             history=read_metrics(workdir),
             wrong=wrong_answers(evaluation, source, config.data),
             model=config.model,
-            title=f"{config.model_name} after step {step:,}: {evaluation.top1:.2f} % "
-            f"of {evaluation.examples:,} pictures right",
+            title=f"{title}: {evaluation.top1:.2f} % of {evaluation.examples:,} "
+            "pictures right",
         )
     return path
 

@@ -69,7 +69,7 @@ def train(
         network's arrays are the same.
 
     Raises:
-      UserError: bad input, before anything is compiled; its subclasses as they say.
+      UserError: bad input, before a step is compiled; its subclasses as they say.
       Preempted: after SIGTERM, with the state saved.
     """
     goodput = Goodput(workdir)
@@ -111,7 +111,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         unevaluated = lengths.is_eval(start) and meta["metrics"] is None
     else:
         state = start_from(config.init_from, state, train_source.class_names)
-    # After the checks: a refused run writes nothing.
+    # After the checks: a refused run leaves no config.json.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)
     say(
@@ -205,7 +205,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
                 save(None)
         checkpoints.wait()
         goodput.lap("checkpoints")
-        report = write_report(workdir, config, evaluation, eval_source, step=step)
+        weights = "raw" if state.ema is None else "ema"
+        title = f"{config.model_name} after step {step:,}, {weights} weights"
+        report = write_report(workdir, config, evaluation, eval_source, title=title)
         goodput.lap("report")
     except _Stopped:
         if window.steps:
