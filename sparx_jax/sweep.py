@@ -126,6 +126,11 @@ def make_points(
         words = [f"--config={file}"]
         words += [f"--config.{key}={value}" for key, value in settings.items()]
         name = _name(values, grid)
+        if len(os.fsencode(name)) > 255:
+            raise UserError(
+                f"the point {name} has too long a name for a folder: sweep fewer keys, "
+                "or shorter values."
+            )
         if name in points:
             raise UserError(f"--sweep has two points {name}: give each value once.")
         points[name] = Point(

@@ -109,6 +109,7 @@ def test_variant_is_the_argument_of_the_config_file(tmp_path):
         (["seed=0,"], {}, "--sweep seed=0, must have the form"),
         (["seed=0", "seed=1"], {}, "names seed twice"),
         (["optimizer.lr=1e-3,0.001"], {}, "two points lr=0.001"),
+        ([f"init_from={'a' * 250}"], {}, "too long a name for a folder"),
         (["seed=0"], {"seed": 1}, "seed is both swept and set by --config.seed"),
         (["optimizer.rate=1"], {}, "unknown setting config.optimizer.rate"),
         (["batch_size=8,abc"], {}, "batch_size=abc"),

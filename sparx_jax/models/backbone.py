@@ -54,7 +54,7 @@ class Stage(nnx.Module):
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
         call = _recompute(
-            lambda block, *given: block(*given), self.remat_blocks, self.deterministic
+            lambda block, *given: block(*given), self.remat_blocks, _trains(self)
         )
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
@@ -63,10 +63,17 @@ class Stage(nnx.Module):
         return [outputs[index] for index in range(len(self.blocks))]
 
 
-def _recompute(call, on, deterministic):
+def _trains(module):
+    """Whether any part of it is in training mode."""
+    modes = "deterministic", "use_running_average"
+    parts = (part for _, part in nnx.iter_modules(module))
+    return not all(getattr(part, mode, True) for part in parts for mode in modes)
+
+
+def _recompute(call, on, trains):
     if not on:
         return call
-    if not deterministic:  # jax.checkpoint would lose new BatchNorm statistics
+    if trains:  # jax.checkpoint would lose new BatchNorm statistics
         return nnx.remat(call)
     # nnx.remat writes to every variable, which inside of a transformation that has the
     # network from outside is an error.
@@ -172,7 +179,7 @@ def _forward(method):
             isinstance(leaf, jax.core.Tracer)
             for leaf in jax.tree.leaves(nnx.state(self))
         )
-        if traced or not self.deterministic or jax.config.jax_disable_jit:
+        if traced or _trains(self) or jax.config.jax_disable_jit:
             return method(self, images, key=key)
         return _run(*nnx.split(self), name, images)
 
@@ -279,7 +286,7 @@ class Backbone(nnx.Module):
                 draws = jax.random.uniform(jax.random.fold_in(key, 0), shape_2d)
                 draws = draws.reshape(shape)
             stages = self.config.remat == "stage"
-            call = _recompute(Stage.__call__, stages, self.deterministic)
+            call = _recompute(Stage.__call__, stages, _trains(self))
             for i, stage in enumerate(self.stages):
                 if i:
                     x = self.downsamples[i - 1](x)

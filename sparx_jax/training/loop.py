@@ -321,11 +321,11 @@ class _Window:
         epoch = (step * batch_size - 1) // size
         if epoch != self._epoch:
             self._epoch, self._unreadable_in_epoch = epoch, 0
-        if (step - 1) * batch_size // size == epoch:  # or some are of the one before
+        epochs = epoch - (step - 1) * batch_size // size + 1
+        if epochs == 1:  # or an example may have come several times
             self._unreadable_in_epoch += count
-        if error := too_many_unreadable(
-            self._unreadable_in_epoch, self._source, self._config.data
-        ):
+        for_sure = max(self._unreadable_in_epoch, count // epochs)
+        if error := too_many_unreadable(for_sure, self._source, self._config.data):
             raise error
 
     def close(self):

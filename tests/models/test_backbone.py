@@ -490,3 +490,31 @@ np.save({str(tmp_path / "trained.npy")!r}, trained)
     for name, expected in dict(logits=logits, trained=result[0]).items():
         got = np.load(tmp_path / f"{name}.npy")
         np.testing.assert_allclose(got, expected, atol=TOLERANCE["compiled"])
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "stage"])
+def test_parts_in_training_mode_draw_and_keep_their_statistics(images, remat):
+    """Called as it is, and jitted."""
+    settings = SHORT | dict(dims=(8,) * 4, head_dim=4, drop_path_rate=0.5)
+
+    def forward(model, images):
+        return model(images, key=jax.random.key(1))
+
+    def results(forward):
+        model = create_model("sparx_swin_nano", **settings, remat=remat)
+        before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        model.stem.train()
+        model.stages[3].train()
+        logits = forward(model, images)
+        return logits, before, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    logits, before, after = results(forward)
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after)
+    changed = jax.tree.leaves_with_path(changed)
+    assert {path[0].key for path, _ in changed} > {"stem", "stages"}
+    found = {path[:2] for path, is_new in changed if is_new}
+    assert {path[0].key for path in found} == {"stem", "stages"}
+    assert [path[1].key for path in found if path[0].key == "stages"] == [3]
+    other, _, jitted = results(nnx.jit(forward))
+    np.testing.assert_allclose(logits, other, atol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), after, jitted)

@@ -217,6 +217,10 @@ def test_too_many_unreadable_in_an_epoch_end_training(run):
     steps(1, 1, 2, 1, 1, 1, 1, 2)  # the third and last have examples of two epochs
     with pytest.raises(BadDataError, match="3 of 10 examples cannot be read"):
         steps(1, 1, 2, 1, 2)
+    config = dataclasses.replace(config, batch_size=16)  # each a part of two epochs
+    steps(5, 5)
+    with pytest.raises(BadDataError, match="3 of 10 examples cannot be read"):
+        steps(6)
 
 
 def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
