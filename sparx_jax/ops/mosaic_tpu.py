@@ -42,23 +42,14 @@ VMEM = {
 }
 # The share of it that the blocks may take: the compiler needs some too.
 USABLE = 0.85
-# At most as many steps of one state are straight code: more of them hide more of the
-# scan's latency, and take longer to compile.
-STEPS = 112
+# At most as many pixels of a direction are straight code where there is one state: more
+# of them hide more of the scan's latency, and take longer to compile.
+PIECE = 49
 
 
 def target_vmem() -> int:
     """MiB of VMEM of the devices of `target_kind`; 0 if they are no TPUs."""
     return VMEM.get(target_kind(), 0)
-
-
-def _piece(lines, length, most):
-    """Pixels of straight code, of one line or of several whole ones."""
-    return max(
-        i
-        for i in range(1, most + 1)
-        if length % i == 0 or (i % length == 0 and lines * length % i == 0)
-    )
 
 
 class Walk(NamedTuple):
@@ -68,15 +59,16 @@ class Walk(NamedTuple):
     beside: int
     """How many of them are walked side by side in the forward pass."""
     piece: int
-    """Pixels whose steps are straight code."""
+    """Pixels of straight code, of one line or of several whole ones."""
 
 
 def _walk(ways, lines, length, states):
-    choices = []
-    for beside in (1, 2, 4)[: len(ways).bit_length()]:
-        most = max(8, STEPS // states // beside)
-        choices.append(Walk(ways, beside, _piece(lines, length, most)))
-    return max(choices, key=lambda walk: (walk.beside * walk.piece, walk.beside))
+    pieces = (
+        i
+        for i in range(1, max(8, PIECE // states) + 1)
+        if length % i == 0 or (i % length == 0 and lines * length % i == 0)
+    )
+    return Walk(ways, len(ways) if states == 1 else 1, max(pieces))
 
 
 class Call(NamedTuple):
@@ -105,9 +97,11 @@ def calls(
     def room(*walks):
         """Bytes for the blocks, and those of one pixel: operands, and all others.
 
-        Of the gradient, which needs more than the forward pass.
+        Of the gradient, which needs more than the forward pass but, with directions
+        side by side, for temporaries.
         """
-        temporaries = (4 + 8 * n) * max(w.beside * w.piece for w in walks) * f32
+        pixel = max(4 + 8 * n, (1 + 3 * n) * walks[0].beside)
+        temporaries = pixel * max(walk.piece for walk in walks) * f32
         ways = sum(len(walk.ways) for walk in walks)
         weights = ways * e * ((1 + 2 * n) * own + f32) // SUBLANES
         states = ways * n * f32 / min(walk.piece for walk in walks)

@@ -2,27 +2,34 @@
 
 import re
 
+import numpy as np
+
 from sparx_jax.ops.mosaic_tpu import LANES, SUBLANES
 
-# Instruction bundles of a register of pixels (and of one direction), and those of each
-# line of pixels, within 8 % of the compiler's schedules at 7, 14, 28 and 56 pixels a
-# line (`python -m benchmarks.tpu_kernel`), to which a test holds those of v5e.  v6e's
-# are fewer than v5e's, v5p's the same.
+# Instruction bundles of a register of pixels (and of one direction) in the compiler's
+# schedules for v5e, by side of the map (`python -m benchmarks.tpu_kernel`, to which a
+# test holds them); of v5p in strips.  v6e's are fewer but for scans forward, v5p's
+# otherwise the same.
+SIDES = 7, 14, 28, 56
 CYCLES = {
-    "four_scans_forward": (15.7, 57.0),
-    "four_scans_backward": (35.5, 115.0),
-    "depthwise3_forward": (7.6, 19.0),
-    "depthwise3_backward": (14.2, 21.0),
-    "depthwise5_forward": (17.2, 33.0),
-    "depthwise5_backward": (32.3, 34.0),
+    "four_scans_forward": (14.9, 8.4, 8.0, 8.0),
+    "four_scans_backward": (50.1, 33.5, 33.0, 32.8),
+    "one_of_four_scans_forward": (13.6,) * 4,
+    "one_of_four_scans_backward": (32.6,) * 4,
+    "depthwise3_forward": (10.4, 8.8, 8.2, 8.0),
+    "depthwise3_backward": (17.4, 16.2, 15.4, 14.4),
+    "depthwise5_forward": (22.0, 19.7, 18.7, 17.8),
+    "depthwise5_backward": (37.5, 35.6, 34.1, 32.6),
 }
-V4_CYCLES = {
-    "four_scans_forward": (27.5, 56.0),
-    "four_scans_backward": (58.3, 97.0),
-    "depthwise3_forward": (11.6, 34.0),
-    "depthwise3_backward": (24.0, 37.0),
-    "depthwise5_forward": (35.0, 34.0),
-    "depthwise5_backward": (64.0, 59.0),
+V4_CYCLES = {  # of T no larger map is walked as a whole
+    "four_scans_forward": (19.0, 14.8, 14.8, 14.8),
+    "four_scans_backward": (61.4, 47.4, 47.4, 47.4),
+    "one_of_four_scans_forward": (19.4, 19.4, 19.4, 19.0),
+    "one_of_four_scans_backward": (47.2, 47.2, 47.2, 48.2),
+    "depthwise3_forward": (16.4, 14.0, 13.2, 13.2),
+    "depthwise3_backward": (29.2, 26.8, 25.6, 25.6),
+    "depthwise5_forward": (40.2, 37.0, 36.0, 36.0),
+    "depthwise5_backward": (72.2, 68.6, 66.0, 66.0),
 }
 # Cores that share a kernel's programs; XLA's own estimates are of both, too.
 CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
@@ -30,16 +37,13 @@ CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
 
 def static_cycles(program: str, device_kind: str = "") -> float:
     """Of the kernels of a compiled program; waiting for memory is not in it."""
-    pattern = rf"%(one_of_)?({'|'.join(CYCLES)})[.\d]* = \(?\w+\[([\d,]+)\]"
+    pattern = rf"%({'|'.join(CYCLES)})[.\d]* = \(?\w+\[([\d,]+)\]"
     cycles = V4_CYCLES if device_kind == "TPU v4" else CYCLES
     total = 0.0
-    for one, kernel, shape in re.findall(pattern, program):
+    for kernel, shape in re.findall(pattern, program):
         height, width, batch, dim = map(int, shape.split(","))
-        each, line = cycles[kernel]
-        pixels, lines = height * width, height
-        if "scans" in kernel:
-            ways = 1 if one else 4
-            pixels, lines = ways * pixels, ways * (height + width) / 2
-        blocks = -(-batch // SUBLANES) * -(-dim // LANES)
-        total += blocks * (pixels * each + lines * line)
+        ways = 4 if kernel.startswith("four_scans") else 1
+        registers = -(-batch // SUBLANES) * -(-dim // LANES) * height * width
+        each = np.interp((height + width) / 2, SIDES, cycles[kernel])
+        total += ways * registers * each
     return total / CORES.get(device_kind, 1)

@@ -23,13 +23,15 @@ def test_cycles_are_counted_for_each_register_of_each_kernel():
 """
 
     def expected(cycles):
-        each, line = cycles["four_scans_backward"]
-        scans = (4 + 1) * (2 * 5 * each + (2 + 5) / 2 * line)
-        each, line = cycles["depthwise3_forward"]
-        return 4 * (scans + 2 * 5 * each + 2 * line)
+        scans = 4 * cycles["four_scans_backward"][0]
+        scans += cycles["one_of_four_scans_backward"][0]
+        return 4 * 2 * 5 * (scans + cycles["depthwise3_forward"][0])
 
-    assert static_cycles(program) == expected(CYCLES)
-    assert static_cycles(program, "TPU v4") == expected(V4_CYCLES) / CORES["TPU v4"]
+    assert static_cycles(program) == pytest.approx(expected(CYCLES))
+    on_v4 = expected(V4_CYCLES) / CORES["TPU v4"]
+    assert static_cycles(program, "TPU v4") == pytest.approx(on_v4)
+    between = "%depthwise3_forward = bf16[21,21,8,128]{3,2,1,0} custom-call(%x, %w)"
+    assert static_cycles(between) == pytest.approx(441 * 8.5)  # of 8.8 and 8.2
 
 
 @pytest.mark.slow
@@ -51,4 +53,4 @@ def test_cycles_are_those_of_the_compilers_schedules(tmp_path):
         program = f"%{kernel}_{row['kind']} = bf16[{side},{side},8,128]"
         registers = int(side) ** 2 * (4 if name == "scan" else 1)
         told = static_cycles(program) / registers
-        assert told == pytest.approx(row["ours"], rel=0.08), row
+        assert told == pytest.approx(row["ours"], rel=0.02), row
