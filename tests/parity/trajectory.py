@@ -1,7 +1,6 @@
 """Some steps of training a small Swin by PyTorch and timm, as a golden.
 
-    cd tests/parity/goldens
-    PYTHONPATH=../../.. PYTHON_WITH_TIMM -m tests.parity.trajectory >swin_trajectory.json
+    PYTHON_WITH_TIMM -m tests.parity.trajectory
 
 All but the loop is theirs: network, groups of weight decay, schedule, clipping, loss
 and moving average.  Weights and pictures follow from names (`generate.py`).  The golden
@@ -10,6 +9,7 @@ probe.  timm 1.0.31 and torch 2.13.0 made it.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +35,7 @@ SETTING = dict(
     ema_decay=0.8,
     smoothing=0.1,
 )
+GOLDEN = Path(__file__).parent / "goldens/swin_trajectory.json"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,7 +56,7 @@ def moved(key, after, before):
 
 
 def main():
-    """Prints the golden."""
+    """Writes the golden."""
     import torch
     from timm.data.mixup import mixup_target
     from timm.loss import SoftTargetCrossEntropy
@@ -114,7 +115,7 @@ def main():
     for kind, network in (("raw", model), ("ema", ema.module)):
         for key, value in network.named_parameters():
             found[kind][key] = moved(key, value.detach().numpy(), initial[key])
-    print(json.dumps(found, indent=1))
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
