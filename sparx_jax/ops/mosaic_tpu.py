@@ -225,7 +225,7 @@ def _filled(array):
 def _softplus_and_sigmoid(z, dtype):
     """As that of scan.py; for bfloat16 in half as many instructions.
 
-    The error is then that of the unit for logarithms, 1e-7 of it, relative to 1.
+    Then small steps have an absolute error of 1e-7, which of 1e-3 is 1e-4.
     """
     if dtype == jnp.float32:
         return softplus_and_sigmoid(z)

@@ -333,7 +333,8 @@ class _Window:
         pending, self._pending = self._pending, None
         metrics = self._read(pending, self._step)
         elapsed = time.perf_counter() - self._start
-        rate = self.steps * self._config.batch_size / elapsed
+        # Of the first step, which compiles, none: its time would say nothing.
+        rate = self.steps * self._config.batch_size / elapsed or float("nan")
         loss = float(np.mean(self._losses)) if self._losses else float("nan")
         record = {
             "step": self._step,
@@ -347,7 +348,7 @@ class _Window:
             "data_wait": self._waited / elapsed,
         }
         left = (self._lengths.total_steps - self._step) * self._config.batch_size
-        left = duration(left / rate) if rate else "?"
+        left = duration(left / rate) if self.steps else "?"
         say(
             f"step {self._step:,}/{self._lengths.total_steps:,}  epoch "
             f"{record['epoch']:.1f}  loss {loss:.4f}  lr "

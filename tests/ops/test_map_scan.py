@@ -84,6 +84,31 @@ def test_the_tpu_kernels_walk_maps_in_strips(shape, dtype, vmem, lines, monkeypa
     assert_equal("mosaic_tpu", operands(*shape, dtype), TOLERANCE[dtype.name])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_tpu_kernel_walks_all_directions_of_a_square_side_by_side(
+    dtype, monkeypatch
+):
+    """In five pieces, so that all four are at the middle at once."""
+    monkeypatch.setattr(mosaic_tpu, "PIECE", 8)
+    (call,) = mosaic_tpu.calls(5, 5, 16, 1, jnp.dtype(dtype), 128)
+    assert call.walks == (mosaic_tpu.Walk(range(4), beside=4, piece=5),)
+    args = operands(2, 5, 5, 8, 2, 1, dtype)
+    assert_equal("mosaic_tpu", args, TOLERANCE[dtype])
+
+
+def test_step_sizes_of_the_tpu_kernel_in_bfloat16():
+    z = np.concatenate([np.linspace(-20, 20, 4001), [-100, 0, 100]])
+    delta, sigmoid = jax.jit(mosaic_tpu._softplus_and_sigmoid, static_argnums=1)(
+        jnp.float32(z), jnp.dtype("bfloat16")
+    )
+    exact = np.logaddexp(0, z)
+    assert np.abs(delta - exact).max() < 2e-6
+    assert np.abs(delta / exact - 1)[z > np.log(1e-4)].max() < 2e-3
+    # Interpreted, approximate reciprocals have 8 bits, of which one step makes 16.
+    assert np.abs(sigmoid - np.exp(z - exact)).max() < 5e-5
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1)])
 def test_the_loop_takes_maps_of_one_line(size):
     assert_equal("loop", operands(2, *size, 5, 2, 3, "float32"), TOLERANCE["float32"])

@@ -223,6 +223,15 @@ def test_too_many_unreadable_in_an_epoch_end_training(run):
         steps(6)
 
 
+def test_the_step_that_compiles_tells_no_speed(run, capsys):
+    window = loop._Window(run.config, loop.plan(run.config, 360), None, range(360))
+    names = "train_loss", "skipped", "unreadable", "learning_rate", "grad_norm"
+    window.add(1, dict.fromkeys(names, jnp.zeros(())), 0.0)
+    window.restart()
+    assert np.isnan(window.close()["images_per_s"])
+    assert "? left" in capsys.readouterr().out
+
+
 def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
     evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
     first = capsys.readouterr().out.splitlines()[0]
