@@ -238,7 +238,7 @@ def _softplus_and_sigmoid(z, dtype):
 
 
 class _Walker:
-    """Directions of the same length of lines, one after the other, over one block.
+    """Directions of the same length of lines over one block.
 
     A line is walked in pieces, each so short that all its steps are straight code,
     which the compiler has run beside the arithmetic of other pixels.
@@ -289,7 +289,7 @@ class _Walker:
 
         def group(i, _):
             numbers = [i + groups * other for other in range(beside)]
-            ks = [self._ways.start + i * self._ways.step for i in numbers]
+            ks = [self._ways.start + j * self._ways.step for j in numbers]
 
             def step(i, hs):
                 i = steps - 1 - i if gradient else i

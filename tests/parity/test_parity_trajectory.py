@@ -41,7 +41,8 @@ def trajectory():
     """The metrics of each step, and the initial and last arrays by torch name."""
     settings, s = config(), SETTING
     model = models.build(settings.model, 0)
-    initial = {k: generate.tensor(k, shape_of(k)) for k in facts(GOLDEN)["raw"]}
+    shapes = facts(GOLDEN)["shapes"]
+    initial = {key: generate.tensor(key, shape) for key, shape in shapes.items()}
     load_torch_weights(model, initial)
     network, weights = states.split(model)
     optimizer, mesh = make_optimizer(settings.optimizer), make_mesh(1, 1)
@@ -62,10 +63,6 @@ def trajectory():
     last = {k: to_torch(jax.device_get(w.params)) for k, w in
             (("raw", state.weights), ("ema", state.ema))}  # fmt: skip
     return rows, initial, last
-
-
-def shape_of(key):
-    return facts(GOLDEN)["shapes"][key]
 
 
 @pytest.mark.parametrize("name", ["train_loss", "grad_norm", "learning_rate"])
