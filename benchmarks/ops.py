@@ -21,7 +21,7 @@ from jax import lax
 
 from benchmarks import timing
 from sparx_jax.ops import depthwise_conv, gelu, ss2d, triton_gpu
-from sparx_jax.ops.ss2d import by_sequences, four_scans
+from sparx_jax.ops.ss2d import aligned, by_sequences, four_scans
 from sparx_jax.training.step import compiler_options
 
 # Of a stage: pixels a side, channels of the mixer, inputs of its step sizes.
@@ -51,7 +51,8 @@ def map_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
 def scan_operands(stage: int, batch: int, dtype: jnp.dtype) -> tuple:
     """What is left of them when the first projection is made."""
     x, x_proj, dt_proj, *others = map_operands(stage, batch, dtype)
-    x_proj, dt_proj = triton_gpu.aligned(x_proj.astype(dtype), dt_proj.astype(dtype), 1)
+    x_proj, dt_proj = (w.astype(dtype) for w in (x_proj, dt_proj))
+    x_proj, dt_proj = aligned("triton_gpu", x_proj, dt_proj, 1)
     p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
     return x, p.reshape(*x.shape[:3], -1), dt_proj, *others
 

@@ -62,6 +62,21 @@ class Walk(NamedTuple):
     """Pixels of straight code, of one line or of several whole ones."""
 
 
+def aligned(e: int, n: int, dtype: jnp.dtype) -> int:
+    """The least e from this one on that `four_scans` takes.
+
+    A direction's numbers lie in one register of a pixel, or in whole ones, with which
+    alone it is multiplied.
+    """
+    unit = LANES // 2 if e <= LANES // 2 else LANES
+    return e if 4 * e <= LANES else e + -e % unit
+
+
+def _near(e):
+    """How many numbers of a pixel lie in the registers of one direction."""
+    return 4 * e if 4 * e <= LANES else max(LANES, e)
+
+
 def _walk(ways, lines, length, states):
     pieces = (
         i
@@ -86,12 +101,14 @@ class Call(NamedTuple):
 def calls(
     height: int, width: int, e: int, n: int, dtype: jnp.dtype, vmem: int
 ) -> tuple[Call, ...]:
-    """One for a whole map, with e numbers a pixel in `p`, or one each way for strips.
+    """One for a whole map, with e numbers a pixel and direction in `p`, or one each way
+    for strips.
 
     None at all if not even one line has room.
     """
     f32, own = (SUBLANES * LANES * size for size in (4, jnp.dtype(dtype).itemsize))
-    tokens = -(-e // LANES)
+    e = aligned(e, n, dtype)
+    tokens = -(-4 * e // LANES)
     sizes = (height, width), (width, height)
 
     def room(*walks):
@@ -103,7 +120,7 @@ def calls(
         pixel = max(4 + 8 * n, (1 + 3 * n) * walks[0].beside)
         temporaries = pixel * max(walk.piece for walk in walks) * f32
         ways = sum(len(walk.ways) for walk in walks)
-        weights = ways * e * ((1 + 2 * n) * own + f32) // SUBLANES
+        weights = ways * _near(e) * ((1 + 2 * n) * own + f32) // SUBLANES
         states = ways * n * f32 / min(walk.piece for walk in walks)
         others = f32 + 2 * (own + tokens * f32 + states)
         free = vmem * 2**20 * USABLE - temporaries - 2 * weights
@@ -143,20 +160,22 @@ def four_scans(
 ) -> Float[Array, "b h w d"]:
     """The sum of the scans along rows, columns, and both backwards.
 
-    `p` has for each direction the r inputs of `dt_proj`, then n of B and n of C.  On
-    anything but a TPU the kernel is interpreted, which is slow: for tests.
+    `p` has for each direction the r inputs of `dt_proj`, then n of B and n of C, as
+    many together as `aligned` says.  On anything but a TPU the kernel is interpreted,
+    which is slow: for tests.
 
     Raises ValueError if the maps do not fit `vmem` MiB.
     """
     (_, *size, dim), (r, n) = x.shape, (dt_proj.shape[1], a.shape[-1])
-    plan = calls(*size, p.shape[-1], n, x.dtype, vmem)
+    plan = calls(*size, r + 2 * n, n, x.dtype, vmem)
     if not plan:
         raise ValueError(
             f"the scan method mosaic_tpu needs more than {vmem} MiB of VMEM for maps "
             f"of {size[0]} x {size[1]} in {x.dtype}: use associative."
         )
-    # One matrix a direction: from all of p to the step size of every channel.
-    rows = np.eye(4)[:, :, None, None] * np.eye(r + 2 * n, r)
+    # One matrix a direction: from its registers to the step size of every channel.
+    others = _near(r + 2 * n) // (r + 2 * n)
+    rows = np.eye(others)[np.arange(4) % others, :, None, None] * np.eye(r + 2 * n, r)
     w = jnp.einsum("kjer,krd->kjed", rows.astype(np.float32), dt_proj)
     w = w.reshape(4, -1, dim).astype(x.dtype)
 
@@ -200,20 +219,20 @@ def _on_tpu_or_interpreted(function, plan, *args):
     )
 
 
-def _with_copies(w, n):
+def _with_copies(w, e, n):
     """For each 128 channels the columns of `w`, and ones that copy B and C there."""
     w = _filled(w)
-    k, e, dim = w.shape
-    r = e // 4 - 2 * n
-    ones = np.zeros((k, e, 2 * n), np.float32)
+    k, near, dim = w.shape
+    ones = np.zeros((k, near, 2 * n), np.float32)
     for direction in range(4):
         for state in range(2 * n):
-            ones[direction, direction * (e // 4) + r + state, state] = 1
-    shape = (k, e, 2 * n, dim)
+            end = direction * e % near + e
+            ones[direction, end - 2 * n + state, state] = 1
+    shape = (k, near, 2 * n, dim)
     ones = jnp.broadcast_to(jnp.asarray(ones, w.dtype)[..., None], shape)
     both = jnp.concatenate([w[:, :, None], ones], 2)
-    both = both.reshape(k, e, 1 + 2 * n, dim // LANES, LANES)
-    return both.swapaxes(2, 3).reshape(k, e, -1)
+    both = both.reshape(k, near, 1 + 2 * n, dim // LANES, LANES)
+    return both.swapaxes(2, 3).reshape(k, near, -1)
 
 
 def _filled(array):
@@ -325,6 +344,14 @@ class _Walker:
             row, at = row + right, at + down
         return places
 
+    def numbers(self, k, at):
+        """The places of a direction's registers of `p`."""
+        e, near = self._p.shape[-1] // 4, self._weights[0].shape[1]
+        start = 0
+        if near < 4 * e:
+            start = pl.multiple_of(lax.div((k + self._first) * e, near) * near, near)
+        return [(*i, slice(None), pl.ds(start, near)) for i in at]
+
     def read(self, ref, at):
         """Pixels of a block in float32, pixels and pictures as one axis."""
         return jnp.concatenate([ref[i].astype(jnp.float32) for i in at])
@@ -340,7 +367,7 @@ class _Walker:
     def operands(self, k, at):
         """All that the steps of a piece need: pixels * pictures, 128 channels each."""
         w, bias, a = self._weights
-        u, p = self.read_map(self._x, at), self.read(self._p, at)
+        u, p = self.read_map(self._x, at), self.read(self._p, self.numbers(k, at))
         mixed = self.dot(p, w[k], ((1,), (0,)))
         columns = [
             mixed[:, i * LANES : (i + 1) * LANES] for i in range(1 + 2 * self.states)
@@ -465,7 +492,8 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
             # The transposed product sums the gradients of B and C over the lanes.
             columns = jnp.concatenate([grad_dt, *grad_b, *grad_c], 1)
             part = walk.dot(columns, w[k], ((1,), (1,)))
-            for array, more in ((total, grad_u), (grad_p, part)):
+            near = walk.numbers(k, at)
+            for array, at, more in ((total, at, grad_u), (grad_p, near, part)):
                 old = [array[i] for i in at]
                 for i, one, other in zip(at, old, walk.each(more), strict=True):
                     array[i] = one + other
@@ -492,7 +520,7 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
       before: the sums of the calls before, to which this one adds.
     """
     x, p, w, bias, a, d = operands
-    (*size, batch, dim), e, n = x.shape, p.shape[-1], a.shape[1]
+    (*size, batch, dim), near, n = x.shape, w.shape[1], a.shape[1]
     first = call.walks[0].ways.start
     number = sum(len(walk.ways) for walk in call.walks)
     column, last = first % 2, first + number == 4
@@ -515,13 +543,13 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
         return pl.BlockSpec((*shape, SUBLANES, last), index, **options)
 
     maps = partial(pixels, LANES, lambda c: c)
-    tokens = partial(pixels, e, lambda c: 0)
+    tokens = partial(pixels, p.shape[-1], lambda c: 0)
     states = pl.BlockSpec(
         (number, pieces, n, SUBLANES, LANES), lambda b, s, c: (0, strip(s), 0, b, c)
     )
 
-    def weights(*shape):
-        return pl.BlockSpec((*shape, LANES), lambda b, s, c: (*[0 for _ in shape], c))
+    def weights(*shape, lanes=LANES):
+        return pl.BlockSpec((*shape, lanes), lambda b, s, c: (*[0 for _ in shape], c))
 
     def sums(*shape):
         return (
@@ -533,7 +561,7 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
     if given:
         tokens_total = jax.ShapeDtypeStruct(p.shape, jnp.float32), tokens()
         rows = number * (1 + n) + 1
-        results = total, tokens_total, sums(number, e), sums(rows, SUBLANES)
+        results = total, tokens_total, sums(number, near), sums(rows, SUBLANES)
     else:
         shape_of_states = number, strips * pieces, n, batch, blocks * LANES
         results = total, (jax.ShapeDtypeStruct(shape_of_states, jnp.float32), states)
@@ -544,7 +572,7 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
         in_specs=[
             maps(**once),
             tokens(**once),
-            pl.BlockSpec((number, e, (1 + 2 * n) * LANES), lambda b, s, c: (0, 0, c)),
+            weights(number, near, lanes=(1 + 2 * n) * LANES),
             weights(number, 1),
             weights(number, n),
             weights(4),
@@ -580,7 +608,8 @@ def _call(kernel, call, interpret, operands, given=(), before=()):
 def _whole_registers(operands):
     """Weights for whole registers of channels."""
     x, p, w, bias, a, d = operands
-    return x, p, _with_copies(w, a.shape[1]), *map(_filled, (bias, a, d))
+    w = _with_copies(w, p.shape[-1] // 4, a.shape[1])
+    return x, p, w, *map(_filled, (bias, a, d))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="interpret")

@@ -56,8 +56,7 @@ def ss2d(
     x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
     if method == "auto":
         method = _kernel(x, x_proj, a) or method
-    if method == "triton_gpu":
-        x_proj, dt_proj = triton_gpu.aligned(x_proj, dt_proj, a.shape[-1])
+    x_proj, dt_proj = aligned(method, x_proj, dt_proj, a.shape[-1])
     # Projections act on single pixels: in the map's own order, for all directions.
     p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
     p = p.reshape(*p.shape[:3], -1)
@@ -77,11 +76,26 @@ def _kernel(x, x_proj, a) -> MapScanMethod | None:
     """The method of one kernel where the devices have one."""
     if target_kind().startswith("NVIDIA"):
         return "triton_gpu"
-    (_, height, width, _), (k, _, e), n = x.shape, x_proj.shape, a.shape[-1]
+    (_, height, width, _), e, n = x.shape, x_proj.shape[-1], a.shape[-1]
     vmem = mosaic_tpu.target_vmem()
-    if vmem and mosaic_tpu.calls(height, width, k * e, n, x.dtype, vmem):
+    if vmem and mosaic_tpu.calls(height, width, e, n, x.dtype, vmem):
         return "mosaic_tpu"
     return None
+
+
+def aligned(method, x_proj, dt_proj, n: int):
+    """Projections by which a pixel's numbers lie as the method's kernels need them.
+
+    That is, with more inputs of the step sizes, zero.
+    """
+    kernels = {"mosaic_tpu": mosaic_tpu, "triton_gpu": triton_gpu}
+    if method not in kernels:
+        return x_proj, dt_proj
+    (*_, e), rank = x_proj.shape, dt_proj.shape[1]
+    zeros = (0, 0), (0, kernels[method].aligned(e, n, x_proj.dtype) - e), (0, 0)
+    dt, bc = jnp.split(x_proj, [rank], -1)
+    dt = jnp.pad(dt, (zeros[0], zeros[2], zeros[1]))
+    return jnp.concatenate([dt, bc], -1), jnp.pad(dt_proj, zeros)
 
 
 # The gradient is defined once for both methods, so that `platform_dependent` does not

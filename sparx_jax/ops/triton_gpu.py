@@ -54,18 +54,12 @@ def four_scans(
     return shard_batch(_scans, "bb....", "b")(x, p, *weights)
 
 
-def aligned(x_proj, dt_proj, n: int):
-    """Projections by which a pixel's numbers lie as the CUDA kernel needs them.
+def aligned(e: int, n: int, dtype: jnp.dtype) -> int:
+    """The least e, of a pixel and direction, from this one on that suits the kernels.
 
-    That is, with a direction's in multiples of 8: more inputs of its step sizes, zero.
+    For the CUDA kernel it is a multiple of 8.
     """
-    rank = dt_proj.shape[1]
-    more = -(rank + 2 * n) % 8
-    if n > 1 or x_proj.dtype != jnp.bfloat16 or not more:
-        return x_proj, dt_proj
-    dt, bc = jnp.split(x_proj, [rank], -1)
-    dt = jnp.pad(dt, ((0, 0), (0, 0), (0, more)))
-    return jnp.concatenate([dt, bc], -1), jnp.pad(dt_proj, ((0, 0), (0, more), (0, 0)))
+    return e if n > 1 or dtype != jnp.bfloat16 else e + -e % 8
 
 
 # x: b h w d; p: b h w e; w: 4 r d; bias, d: 4 d; a: 4 n d.

@@ -17,6 +17,7 @@ import pytest
 
 from sparx_jax.errors import UserError
 from sparx_jax.ops import cuda, triton_gpu
+from sparx_jax.ops.ss2d import aligned
 
 H100, RTX = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
 HERE = Path(__file__).parent
@@ -43,7 +44,7 @@ def draw(b, h, w, d, rank):
     x = normal(b, h, w, d).astype(jnp.bfloat16)
     x_proj = (normal(4, d, rank + 2) * d**-0.5).astype(jnp.bfloat16)
     dt_proj = (normal(4, rank, d) * 0.3).astype(jnp.bfloat16)
-    x_proj, dt_proj = triton_gpu.aligned(x_proj, dt_proj, 1)
+    x_proj, dt_proj = aligned("triton_gpu", x_proj, dt_proj, 1)
     p = jnp.einsum("bhwd,kde->bhwke", x, x_proj).reshape(b, h, w, -1)
     bias = jnp.log(jnp.expm1(jnp.logspace(-4, 1, 4 * d))).reshape(4, d)
     return x, p, dt_proj, bias, -jnp.exp(normal(4, 1, d)), normal(4, d)
