@@ -55,7 +55,7 @@ def schedules(folder, kernel):
     return found
 
 
-def scan_cycles(found, size, plan, gradient):
+def scan_cycles(found, size, plan):
     """Of all strips and directions of 8 pictures and 128 channels.
 
     In a program there are loops over lines and one over groups of directions side by
@@ -67,7 +67,7 @@ def scan_cycles(found, size, plan, gradient):
     for (_, program), *inner in found:
         call = plan[0]  # of a square map all are alike
         (walk,) = call.walks
-        groups = len(walk.ways) // (1 if gradient else walk.beside)
+        groups = len(walk.ways) // walk.beside
         pieces = max(count for _, count in inner)
         total += -(-size // call.lines) * program
         for (depth, count), (following, _) in pairwise([*inner, (0, 0)]):
@@ -193,15 +193,15 @@ def measure(args, folder):
         name += f", {strips} strips" if strips > 1 else ""
         if args.side == "ours":
             rank = mosaic_tpu.aligned(rank + 2, 1, jnp.dtype("bfloat16")) - 2
-        maps = (given((batch, size, size, c), jnp.bfloat16) for c in (dim, 4 * rank + 8))
+        e = 4 * (rank + 2)
+        maps = [given((batch, size, size, c), jnp.bfloat16) for c in (dim, e)]
         shapes = (4, rank, dim), (4, dim), (4, dim, 1), (4, dim)
         operands = *maps, *(given(shape, jnp.float32) for shape in shapes)
         ours = partial(mosaic_tpu.four_scans, vmem=vmem)
         theirs = partial(four_scans, "associative")
-        count = partial(scan_cycles, size=size, plan=plan, gradient=False)
+        count = partial(scan_cycles, size=size, plan=plan)
         common = size, dim, "four_scans_forward", count
         yield name, "forward", cycles(*common, ours, theirs, *operands, ways=4)
-        count = partial(count, gradient=True)
         common = size, dim, "four_scans_backward", count
         both = gradient(ours), gradient(theirs)
         yield name, "backward", cycles(*common, *both, operands[0], *operands, ways=4)

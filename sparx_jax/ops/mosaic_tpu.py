@@ -2,12 +2,11 @@
 
 One program has the map of 8 pictures and 128 channels in VMEM, a vector register a
 pixel, and walks over it four times: rows and columns are loop orders, backwards is an
-index.  Forward these walks go side by side, since each waits for itself.  Step sizes,
-B and C are made where they are used, by one product of the matrix unit for some pixels:
-its columns of ones copy B and C to all 128 lanes.  Only `x`, the projections `p` and
-the sum of the four outputs pass through HBM.  The gradient keeps these inputs and one
-state for each piece of a line, with which it walks each direction once, against its
-order.
+index.  These walks go side by side, since each waits for itself.  Step sizes, B and C
+are made where they are used, by one product of the matrix unit for some pixels: its
+columns of ones copy B and C to all 128 lanes.  Only `x`, the projections `p` and the
+sum of the four outputs pass through HBM.  The gradient keeps these inputs and one state
+for each piece of a line, with which it walks each direction once, against its order.
 
 Where a map has no room each direction is a call of the same kernel.  Its programs have
 a strip of whole lines each and hand their states on in the order of the walk; the sums
@@ -57,7 +56,7 @@ class Walk(NamedTuple):
 
     ways: range
     beside: int
-    """How many of them are walked side by side in the forward pass."""
+    """How many of them are walked side by side."""
     piece: int
     """Pixels of straight code, of one line or of several whole ones."""
 
@@ -114,10 +113,9 @@ def calls(
     def room(*walks):
         """Bytes for the blocks, and those of one pixel: operands, and all others.
 
-        Of the gradient, which needs more than the forward pass but, with directions
-        side by side, for temporaries.
+        Of the gradient, which needs more than the forward pass.
         """
-        pixel = max(4 + 8 * n, (1 + 3 * n) * walks[0].beside)
+        pixel = (4 + 8 * n) * walks[0].beside
         temporaries = pixel * max(walk.piece for walk in walks) * f32
         ways = sum(len(walk.ways) for walk in walks)
         weights = ways * _near(e) * ((1 + 2 * n) * own + f32) // SUBLANES
@@ -300,14 +298,13 @@ class _Walker:
             directions side by side its number in this call, the places of the pixels,
             and the states; returns new states for each.
           carry: from one strip to the next.
-          gradient: against the walking order, and no directions side by side.
+          gradient: against the walking order.
         """
         steps = lax.div(self.count * self.length, self.piece)
-        beside = 1 if gradient else self._beside
-        groups = len(self._ways) // beside
+        groups = len(self._ways) // self._beside
 
         def group(i, _):
-            numbers = [i + groups * other for other in range(beside)]
+            numbers = [i + groups * other for other in range(self._beside)]
             ks = [self._ways.start + j * self._ways.step for j in numbers]
 
             def step(i, hs):
@@ -320,7 +317,7 @@ class _Walker:
                 jnp.where(self._first_strip, 0.0, carry[self._block, n])
                 for n in range(self.states)
             )
-            hs = lax.fori_loop(0, steps, step, (start,) * beside)
+            hs = lax.fori_loop(0, steps, step, (start,) * self._beside)
             for n, h in enumerate(hs[0]):  # in strips there is one direction
                 carry[self._block, n] = h
 
@@ -456,8 +453,8 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
 
     for walk in walks:
 
-        def piece(i, ways, walk=walk):
-            ((k, at, grad_h),) = ways
+        def one_way(i, k, at, grad_h, walk=walk):
+            """The new states at last; yields before, so that directions take turns."""
             u, p, delta, sigmoid, a, b, c, decay, drive = walk.operands(k, at)
             g = walk.read_map(grad, at)
             place, columns = k * (1 + walk.states), []
@@ -467,38 +464,44 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
                 sums[0, place] += sum(walk.each(array))
 
             for n in range(walk.states):
-                h, gh, later = starts[k, i, n], grad_h[n], walk.each(g * c[n])
+                hs, ghs, gh = [starts[k, i, n]], [], grad_h[n]
+                later = walk.each(g * c[n])
                 decays, drives = walk.each(decay[n]), walk.each(drive[n])
-                hs, ghs = [], []
                 for j in range(walk.piece):
-                    hs.append(h)
-                    h = decays[j] * h + drives[j]
+                    hs.append(decays[j] * hs[j] + drives[j])
+                    yield
                 for j in reversed(range(walk.piece)):
                     gh += later[j]
                     ghs.append(gh)
                     gh *= decays[j]
+                    yield
                 carried.append(gh)
-                h, gh = jnp.concatenate(hs), jnp.concatenate(ghs[::-1])
-                decayed = decay[n] * h
-                grad_log = gh * decayed
+                h, after = jnp.concatenate(hs[:-1]), jnp.concatenate(hs[1:])
+                gh = jnp.concatenate(ghs[::-1])
+                grad_log = gh * decay[n] * h
                 grad_drive = gh * b[n]
                 grad_delta += grad_log * a[n] + grad_drive * u
                 grad_u += grad_drive * delta
                 grad_b.append(gh * delta * u)
-                grad_c.append(g * (decayed + drive[n]))
+                grad_c.append(g * after)
                 add(place + 1 + n, grad_log * delta)
             grad_dt = grad_delta * sigmoid
+            yield
             add(place, grad_dt)
             # The transposed product sums the gradients of B and C over the lanes.
             columns = jnp.concatenate([grad_dt, *grad_b, *grad_c], 1)
             part = walk.dot(columns, w[k], ((1,), (1,)))
-            near = walk.numbers(k, at)
-            for array, at, more in ((total, at, grad_u), (grad_p, near, part)):
-                old = [array[i] for i in at]
-                for i, one, other in zip(at, old, walk.each(more), strict=True):
+            numbers = walk.numbers(k, at)
+            for array, to, more in ((total, at, grad_u), (grad_p, numbers, part)):
+                old = [array[i] for i in to]
+                for i, one, other in zip(to, old, walk.each(more), strict=True):
                     array[i] = one + other
             grad_w[0, k] += walk.dot(p, grad_dt, ((0,), (0,)))
-            return (tuple(carried),)
+            yield tuple(carried)
+
+        def piece(i, ways, one_way=one_way):
+            *_, states = zip(*(one_way(i, *way) for way in ways), strict=True)
+            return states
 
         walk.for_pieces(piece, carry, gradient=True)
 

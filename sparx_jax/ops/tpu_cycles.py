@@ -12,8 +12,8 @@ from sparx_jax.ops.mosaic_tpu import LANES, SUBLANES
 # take fewer, but for 5 % more in scans forward.
 SIDES = 7, 14, 28, 56
 CYCLES = {
-    "four_scans_forward": (14.9, 8.4, 8.0, 8.0),
-    "four_scans_backward": (50.1, 33.5, 33.0, 32.8),
+    "four_scans_forward": (10.0, 8.4, 8.0, 8.0),
+    "four_scans_backward": (28.6, 24.0, 23.2, 22.5),
     "one_of_four_scans_forward": (13.6,) * 4,
     "one_of_four_scans_backward": (32.6,) * 4,
     "depthwise3_forward": (10.4, 8.8, 8.2, 8.0),
@@ -22,8 +22,8 @@ CYCLES = {
     "depthwise5_backward": (37.5, 35.6, 34.1, 32.6),
 }
 V4_CYCLES = {  # maps of 28 and more are walked in strips, smaller ones as a whole
-    "four_scans_forward": (19.0, 14.8, 14.8, 14.8),
-    "four_scans_backward": (61.4, 47.4, 47.4, 47.4),
+    "four_scans_forward": (16.2, 14.8, 14.8, 14.8),
+    "four_scans_backward": (46.2, 42.4, 42.4, 42.4),
     "one_of_four_scans_forward": (19.4, 19.4, 19.4, 19.0),
     "one_of_four_scans_backward": (47.2, 47.2, 47.2, 48.2),
     "depthwise3_forward": (16.4, 14.0, 13.2, 13.2),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sparx_jax.errors import UserError
-from sparx_jax.ops import cuda, triton_gpu
+from sparx_jax.ops import cuda
 from sparx_jax.ops.ss2d import aligned
 
 H100, RTX = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
