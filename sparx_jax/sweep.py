@@ -33,7 +33,7 @@ from ml_collections import ConfigDict, config_flags
 
 from sparx_jax.errors import UserError
 from sparx_jax.training import cli
-from sparx_jax.training.config import as_dict, from_config_dict
+from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
 from sparx_jax.training.logging import duration, read_metrics, say
 from sparx_jax.training.loop import plan
 
@@ -168,7 +168,11 @@ def result(point: Point) -> Result | None:
     config = from_config_dict(
         point.settings, num_classes=about["config"]["model"]["num_classes"]
     )
-    _check_settings(point, about["config"], json.loads(json.dumps(as_dict(config))))
+    if differing := changes_of_run(about["config"], as_dict(config)):
+        raise UserError(
+            f"{point.folder} holds a run with other settings: {'; '.join(differing)}; "
+            "give another --workdir."
+        )
     if not evaluations:
         return None
     last = evaluations[-1]
@@ -184,28 +188,6 @@ def result(point: Point) -> Result | None:
         about["parameters"],
         float(timing.read_text()) if timing.exists() else None,
     )
-
-
-def _check_settings(point, there, here):
-    there, here = _flat(there), _flat(here)
-    differing = [
-        f"{key}={value!r} there, {here.get(key)!r} here"
-        for key, value in there.items()
-        if value != here.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{point.folder} holds a run with other settings: {'; '.join(differing)}; "
-            "give another --workdir."
-        )
-
-
-def _flat(tree, prefix=""):
-    flat = {}
-    for key, value in tree.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 def train_all(points: Sequence[Point], jobs: int) -> list[Point]:

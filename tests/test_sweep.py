@@ -141,6 +141,8 @@ def test_a_run_with_other_settings_is_not_taken_for_a_point(tmp_path):
     (other,), _ = points_of(tmp_path, "seed=0", fixed={"batch_size": 32})
     with pytest.raises(UserError, match="other settings: batch_size=64 there, 32 here"):
         sweep.result(other)
+    (moved,), _ = points_of(tmp_path, "seed=0", fixed={"data.workers": 3})
+    assert sweep.result(moved).top1 == 90.0  # which changes nothing of the run
 
 
 @pytest.fixture

@@ -234,10 +234,9 @@ class Checkpoints:
         saved, restored = together(read)
         for name in targets:
             if wrong := differing(saved[name], fingerprints(restored[name])):
-                raise DamagedError(
-                    f"checkpoint {step} in {self.path} is damaged: {name} "
-                    f"{wrong[0]}{f' and {len(wrong) - 1} more' if wrong[1:] else ''} "
-                    "differs from what was saved."
+                more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+                raise self._damaged(
+                    step, f"{name} {wrong[0]}{more} differs from what was saved"
                 )
         return restored
 
@@ -269,10 +268,14 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax raises errors of every kind
             reason = str(error).splitlines() or [type(error).__name__]
-            raise DamagedError(
-                f"checkpoint {step} in {self.path} is damaged: it cannot be read "
-                f"({type(error).__name__}: {reason[0][:200]})."
-            ) from error
+            why = f"it cannot be read ({type(error).__name__}: {reason[0][:200]})"
+            raise self._damaged(step, why) from error
+
+    def _damaged(self, step, why):
+        return DamagedError(
+            f"checkpoint {step} in {self.path} is damaged: {why}; use another step "
+            "or a copy."
+        )
 
     @contextlib.contextmanager
     def _storage_errors(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from sparx_jax.data import rand_augment
 from sparx_jax.errors import UserError
 
 # Settings that change nothing of what a run computes, patterns of their paths.
-FREE_SETTINGS = (
+_FREE_SETTINGS = (
     r"data\.(root|workers|max_bad_fraction)|mesh\..*|model\.(scan_method|remat)|tensorboard|"
     r"eval_batch_size|eval_every_epochs|log_every_steps|checkpoint_every_steps|"
     r"max_skipped_steps|profile_steps"
@@ -294,6 +294,12 @@ def changes(saved: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
         for key in sorted(there.keys() & here.keys())
         if there[key] != here[key]
     }
+
+
+def changes_of_run(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The texts of those `changes` that alter what a run computes."""
+    found = changes(saved, new).items()
+    return [text for key, text in found if not re.fullmatch(_FREE_SETTINGS, key)]
 
 
 def _flat(values, prefix=""):

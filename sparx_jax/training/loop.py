@@ -1,6 +1,5 @@
 """The training loop: steps, evaluations, checkpoints, and a picture at the end."""
 
-import re
 import time
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from sparx_jax.parallel.processes import stop_request, together
 from sparx_jax.training import state as states
 from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints, other_class
-from sparx_jax.training.config import FREE_SETTINGS, Config, as_dict, changes
+from sparx_jax.training.config import Config, as_dict, changes_of_run
 from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
 from sparx_jax.training.finetune import start_from
 from sparx_jax.training.goodput import Goodput
@@ -100,11 +99,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     unevaluated = False
     if start:
         meta = checkpoints.meta(start)
-        differing = [
-            text
-            for key, text in changes(meta["config"], settings).items()
-            if not re.fullmatch(FREE_SETTINGS, key)
-        ]
+        differing = changes_of_run(meta["config"], settings)
         if other := other_class(meta, train_source.class_names):
             differing.append(other)
         _check_config(differing, start, allow_config_change)
