@@ -240,18 +240,15 @@ def _filled(array):
 
 
 def _softplus_and_sigmoid(z, dtype):
-    """As that of scan.py; for bfloat16 in half as many instructions.
+    """As that of scan.py; for bfloat16 in a third of the instructions.
 
-    Then small steps have an absolute error of 1e-7, which of 1e-3 is 1e-4.
+    Then small steps have an absolute error of 1e-7, which of 1e-4 is 1e-3.
     """
     if dtype == jnp.float32:
         return softplus_and_sigmoid(z)
-    e = jnp.exp2(jnp.abs(z) * np.float32(-1 / np.log(2)))
-    sum_ = 1.0 + e
-    log1p = jnp.log(sum_) + (e - (sum_ - 1.0))  # with what rounding took from the sum
-    reciprocal = pl.reciprocal(sum_, approx=True)
-    reciprocal *= 2.0 - sum_ * reciprocal
-    return jnp.maximum(z, 0.0) + log1p, jnp.where(z >= 0, 1.0, e) * reciprocal
+    factor = np.float32(-1 / np.log(2))
+    softplus = jnp.maximum(z, 0.0) + jnp.log(1.0 + jnp.exp2(jnp.abs(z) * factor))
+    return softplus, 1.0 - jnp.exp2(softplus * factor)
 
 
 class _Walker:
@@ -477,6 +474,8 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
                     yield
                 carried.append(gh)
                 h, after = jnp.concatenate(hs[:-1]), jnp.concatenate(hs[1:])
+                # Again, or they would be kept in memory meanwhile.
+                u, g = walk.read_map(x, at), walk.read_map(grad, at)
                 gh = jnp.concatenate(ghs[::-1])
                 grad_log = gh * decay[n] * h
                 grad_drive = gh * b[n]
