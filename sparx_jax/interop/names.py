@@ -191,8 +191,9 @@ def to_torch(arrays: Arrays) -> dict[str, np.ndarray]:
 
 def _fit_window(table, shape):
     """The bias table, stretched if it is that of a square window of another size."""
-    span = math.isqrt(len(table))
-    if span == shape[0] or span**2 != len(table):
+    span = math.isqrt(len(table)) if table.ndim == 2 else 0
+    # A window has an odd number of offsets; what is none does not fit later.
+    if span == shape[0] or span**2 != len(table) or span % 2 == 0:
         return table
     table = resize_position_bias(table.reshape(span, span, -1), shape[0] // 2 + 1)
     return table.reshape(-1, table.shape[-1])

@@ -29,10 +29,12 @@ def load_torch_weights(
         weights = read_torch_file(weights)
     variables = _variables(model)
     arrays = from_torch(weights, {path: v.shape for path, v in variables.items()})
+    # Copies: a view of the caller's array would change with it, as in torch's steps.
+    copies = {path: np.array(arrays[path], v.dtype, order="C")
+              for path, v in variables.items()}  # fmt: skip
     for path, variable in variables.items():
         # device_put compiles nothing, unlike jnp.asarray, which does for each shape.
-        array = np.ascontiguousarray(arrays[path], variable.dtype)
-        variable.set_value(jax.device_put(array))
+        variable.set_value(jax.device_put(copies[path]))
 
 
 def torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -123,14 +123,14 @@ def _offsets(window):
 
 
 def _to_windows(x, rows, columns):
-    b, c = len(x), x.shape[-1]
+    b, c = x.shape[0], x.shape[-1]
     x = x.reshape(b, rows.windows, rows.window, columns.windows, columns.window, c)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, rows.windows * columns.windows, -1, c)
 
 
 def _from_windows(tokens, rows, columns):
-    b, c = len(tokens), tokens.shape[-1]
+    b, c = tokens.shape[0], tokens.shape[-1]
     grid = b, rows.windows, columns.windows, rows.window, columns.window, c
     x = tokens.reshape(grid).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, rows.windows * rows.window, columns.windows * columns.window, c)

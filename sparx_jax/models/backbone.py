@@ -53,9 +53,7 @@ class Stage(nnx.Module):
         draws: Float[Array, "layers 2 b"] | None,
     ) -> list[Float[Array, "b h w c"]]:
         outputs = {STAGE_INPUT: x}
-        call = _recompute(
-            lambda block, *given: block(*given), self.remat_blocks, _trains(self)
-        )
+        call = _recompute(lambda block, *given: block(*given), self.remat_blocks, self)
         for index, block in enumerate(self.blocks):
             context = tuple(outputs[source] for source in self.wiring[index].sources)
             mine = (None, None) if draws is None else draws[index]
@@ -63,17 +61,17 @@ class Stage(nnx.Module):
         return [outputs[index] for index in range(len(self.blocks))]
 
 
-def _trains(module):
+def _trains(module, modes=("deterministic", "use_running_average")):
     """Whether any part of it is in training mode."""
-    modes = "deterministic", "use_running_average"
     parts = (part for _, part in nnx.iter_modules(module))
     return not all(getattr(part, mode, True) for part in parts for mode in modes)
 
 
-def _recompute(call, on, trains):
+def _recompute(call, on, module):
     if not on:
         return call
-    if trains:  # jax.checkpoint would lose new BatchNorm statistics
+    # jax.checkpoint would lose new BatchNorm statistics.
+    if _trains(module, ["use_running_average"]):
         return nnx.remat(call)
     # nnx.remat writes to every variable, which inside of a transformation that has the
     # network from outside is an error.
@@ -173,8 +171,8 @@ def _forward(method):
 
     @wraps(method)
     def call(self, images, *, key=None):
-        _check(images, self.config.in_channels)
         images = jnp.asarray(images)
+        _check(images, self.config.in_channels)
         traced = isinstance(images, jax.core.Tracer) or any(
             isinstance(leaf, jax.core.Tracer)
             for leaf in jax.tree.leaves(nnx.state(self))
@@ -187,7 +185,7 @@ def _forward(method):
 
 
 def _check(images, channels):
-    shape, dtype = jnp.shape(images), jnp.result_type(images)
+    shape, dtype = images.shape, images.dtype
     if len(shape) != 4 or shape[-1] != channels:
         raise UserError(
             f"The images have shape {shape}; the network needs (batch, height, width, "
@@ -197,6 +195,14 @@ def _check(images, channels):
         raise UserError(
             f"The images are {shape[1]} x {shape[2]} pixels, too small for the "
             f"network, which needs at least {TOTAL_STRIDE} x {TOTAL_STRIDE}."
+        )
+    if shape[0] == 0:
+        raise UserError("The batch of images is empty; the network needs one at least.")
+    meshes = jax.typeof(images).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if any(mesh.explicit_axes for mesh in meshes):
+        raise UserError(
+            "The mesh has axes of explicit sharding; the network needs automatic ones: "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * axes)."
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(
@@ -286,7 +292,7 @@ class Backbone(nnx.Module):
                 draws = jax.random.uniform(jax.random.fold_in(key, 0), shape_2d)
                 draws = draws.reshape(shape)
             stages = self.config.remat == "stage"
-            call = _recompute(Stage.__call__, stages, _trains(self))
+            call = _recompute(Stage.__call__, stages, self)
             for i, stage in enumerate(self.stages):
                 if i:
                     x = self.downsamples[i - 1](x)

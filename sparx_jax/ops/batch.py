@@ -51,8 +51,9 @@ def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:
     """`function`, called on each device's part of the batch.
 
     XLA cannot split a loop over the batch or a hand-written kernel by itself: it would
-    gather the whole batch on every device.  Does nothing where `batch_on` named no mesh
-    of several devices.
+    gather the whole batch on every device.  Does nothing where neither `batch_on` nor
+    `jax.set_mesh` named a mesh of several devices which the batch divides among, or
+    inside of a shard_map, whose batch is a part already.
 
     Args:
       function: of arrays.
@@ -63,7 +64,10 @@ def shard_batch(function: Callable, inputs: str, outputs: str) -> Callable:
 
     def whole(*arrays: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        batches = (x for x, kind in zip(arrays, inputs, strict=True) if kind == "b")
+        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+            return function(*arrays)
+        if any(x.shape[0] % mesh.size for x in batches):
             return function(*arrays)
         axes = mesh.axis_names
         specs = {"b": P(axes), ".": P(), "+": P()}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparx_jax.ops import mosaic_depthwise, triton_depthwise
-from sparx_jax.ops.batch import by_platform, shard_batch
+from sparx_jax.ops.batch import by_platform, shard_batch, target_kind
 from sparx_jax.ops.mosaic_tpu import target_vmem
 from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
@@ -88,10 +88,10 @@ def _kernels(name, x, kernel, settings, *specs):
     k, vmem, found = len(kernel), target_vmem() * 2**20, {}
     if settings["stride"] > 1:
         return found
-    if k <= triton_depthwise.LARGEST:
+    if k <= triton_depthwise.LARGEST and target_kind().startswith("NVIDIA"):
         found["cuda"] = getattr(triton_depthwise, name)
-    room = mosaic_depthwise.room(x.shape, x.dtype, k)
-    if k <= mosaic_depthwise.LARGEST and room <= vmem:
+    room = partial(mosaic_depthwise.room, x.shape, x.dtype, k)
+    if vmem and k <= mosaic_depthwise.LARGEST and room() <= vmem:
         found["tpu"] = getattr(mosaic_depthwise, name)
     options = dict(residual=settings["residual"], interpret=False)
     return {

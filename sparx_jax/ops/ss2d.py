@@ -44,7 +44,8 @@ def ss2d(
       auto         the kernel of the devices that `batch_on` names, or else of the
                    default ones; where there is none, or not even a line fits a TPU's
                    VMEM, loop on CPU and associative elsewhere, as `by_platform` does;
-                   or what the environment says in SPARX_JAX_SCAN_METHOD
+                   or what the environment says in SPARX_JAX_SCAN_METHOD when the
+                   call is traced
     Raises ValueError for others, or if mosaic_tpu does not fit.
 
     Source: SS2D of Liu et al., "VMamba", arXiv:2401.10166.
@@ -142,7 +143,7 @@ def by_sequences(method: ScanMethod, x, p, dt_proj, dt_bias, a, skip):
     r, n = dt_proj.shape[1], a.shape[-1]
 
     def there_and_back(x, p, ways):
-        x, p = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, p))
+        x, p = (t.reshape(t.shape[0], -1, t.shape[-1]) for t in (x, p))
         p = jnp.moveaxis(p.reshape(*p.shape[:2], 4, -1)[:, :, ways], 2, 0)
         dt, b, c = jnp.split(p, (r, r + n), -1)
         dt = jnp.einsum("kblr,krd->kbld", dt, dt_proj[ways])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparx_jax.errors import UserError
 from sparx_jax.layers.aggregator import Fusion
@@ -252,6 +253,29 @@ def test_raw_pixels_are_refused(model, dtype):
     assert dtype in sentence and "floating-point" in sentence
 
 
+def test_an_empty_batch_and_meshes_of_explicit_axes_are_refused(model, images):
+    assert "empty" in refusal(model, images[:0])
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    assert "AxisType.Auto" in refusal(model, jax.device_put(images, sharding))
+    with jax.set_mesh(mesh):
+        assert "AxisType.Auto" in refusal(jax.jit(model), images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparx_mamba_nano", "sparx_swin_nano"])
+def test_export_with_a_symbolic_batch(name, images):
+    settings = SHORT | dict(dims=(8,) * 4, head_dim=4, scan_method="auto")
+    model = randomise(create_model(name, **settings))
+    shape = jax.export.symbolic_shape("b, 64, 48, 3")
+    pictures = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = jax.export.export(jax.jit(model))(pictures)
+    got = jax.export.deserialize(exported.serialize()).call(images)
+    expected = model(images)
+    limit = TOLERANCE["compiled"] * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=limit)
+
+
 def test_wrong_input_is_refused_inside_jit_too(model):
     refusal(jax.jit(model), np.zeros((1, 16, 16, 3), np.float32))
 
@@ -417,6 +441,16 @@ def test_recomputing_works_in_transformations_that_have_the_network(images, rema
         str(jax.make_jaxpr(gradient(m))(images)).count("remat") for m in (plain, model)
     ]
     assert count[0] == 0 < count[1]
+
+
+@pytest.mark.parametrize("remat", ["block", "stage"])
+def test_recomputing_works_there_in_training_if_no_statistics_change(images, remat):
+    settings = dict(depths=(1,) * 4, dims=(8,) * 4, head_dim=4, num_classes=5)
+    model = create_model("swin_t", **settings, drop_path_rate=0.3, remat=remat)
+    model.train()
+    loss = lambda x: model(x, key=jax.random.key(0)).sum()  # noqa: E731
+    for _ in range(2):  # the network is whole afterwards
+        assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(images))
 
 
 def test_where_jit_is_off_the_network_does_not_compile_itself(

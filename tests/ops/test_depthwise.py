@@ -155,6 +155,24 @@ def test_bfloat16_storage_loses_only_rounding(backend):
     check(backend, 5, 1, 6, 3, "bfloat16", residual=True)
 
 
+def test_gradients_have_gradients():
+    """Of penalties on them, for one; no kernel of other devices is in the way."""
+
+    def penalty(convolution, x):
+        grad = jax.grad(lambda x: jnp.sum(convolution(x, kernel, bias) ** 3))(x)
+        return jnp.sum(grad**2)
+
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, 4, 3, 5), (3, 3, 5), (5,))
+    )
+    plain = partial(depthwise._grouped_conv, stride=1)
+    got, expected = (jax.grad(partial(penalty, f))(x) for f in (depthwise_conv, plain))
+    limit = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=limit)
+
+
 @pytest.mark.parametrize(
     "platform, mark", [("cuda", "xla.gpu.triton"), ("tpu", "tpu_custom_call")]
 )
@@ -163,6 +181,7 @@ def test_accelerators_get_kernels_where_the_filter_is_small(
 ):
     """Lowered without one: strides, large filters and large maps stay XLA's."""
     monkeypatch.setattr(depthwise, "target_vmem", lambda: 4)
+    monkeypatch.setattr(depthwise, "target_kind", lambda: "NVIDIA H200")
 
     def kernels(size, side=8, **settings):
         def both(x, kernel, bias):
