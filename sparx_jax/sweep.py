@@ -18,12 +18,14 @@ import os
 import queue
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -31,9 +33,10 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparx_jax.errors import UserError
-from sparx_jax.training import cli
+from sparx_jax.errors import Preempted, UserError
+from sparx_jax.training import cli, goodput
 from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
+from sparx_jax.training.goodput import read_sessions
 from sparx_jax.training.logging import duration, read_metrics, say
 from sparx_jax.training.loop import plan
 
@@ -78,7 +81,7 @@ class Result(NamedTuple):
     """After the last step without the average; None if none is kept."""
     parameters: int
     seconds: float | None
-    """In train.py, all starts together; None if not started by a sweep."""
+    """By goodput.json, all starts together; None if there is none."""
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -180,13 +183,13 @@ def result(point: Point) -> Result | None:
     saved = point.folder / "checkpoints" / str(last["step"])
     if last["step"] < plan(config, examples).total_steps or not saved.is_dir():
         return None
-    timing = point.folder / "seconds.txt"
+    sessions = read_sessions(str(point.folder))
     return Result(
         last["top1"],
         max(record["top1"] for record in evaluations),
         last.get("raw_top1"),
         about["parameters"],
-        float(timing.read_text()) if timing.exists() else None,
+        sum(goodput.summary(sessions)["seconds"].values()) if sessions else None,
     )
 
 
@@ -209,32 +212,66 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
         if not shares.empty():
             os.sched_setaffinity(0, shares.get())
 
-    pool = ThreadPoolExecutor(jobs, initializer=pin)
+    running = _Running()
+    before = {s: signal.signal(s, running.stop) for s in _STOPS}
     try:
-        succeeded = list(pool.map(_train, todo))
-    finally:  # after Ctrl-C, too: start no others
-        pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(jobs, initializer=pin) as pool:
+            succeeded = list(pool.map(partial(_train, running), todo))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if running.stopped:
+        raise Preempted(
+            "stopped by a signal; what was training has saved its state: the same "
+            "command goes on from there."
+        )
     return [point for point, ok in zip(todo, succeeded, strict=True) if not ok]
 
 
-def _train(point):
+_STOPS = signal.SIGTERM, signal.SIGINT
+
+
+class _Running:
+    """The trainings under way, which are told to save and stop when the sweep is."""
+
+    def __init__(self):
+        self.stopped, self._processes = False, []
+
+    def stop(self, number, frame):
+        del number, frame
+        self.stopped = True
+        for process in self._processes:
+            process.terminate()
+
+    def run(self, command, file):
+        """Its exit code; None if it is not to start any more."""
+        if self.stopped:
+            return None
+        # In a group of its own, or Ctrl-C would end it before it has saved.
+        options = dict(stdout=file, stderr=subprocess.STDOUT, process_group=0)
+        with subprocess.Popen(command, **options) as process:
+            self._processes.append(process)
+            if self.stopped:  # since it was asked
+                process.terminate()
+            return process.wait()
+
+
+def _train(running, point):
     """Whether train.py ended well; what it prints goes to train.log."""
     start = time.perf_counter()
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / "train.log"
-    say(f"{point.folder.name}: training, see {log}")
     with log.open("a") as file:
-        options = dict(stdout=file, stderr=subprocess.STDOUT)
-        code = subprocess.run(point.command, **options).returncode
-    seconds = time.perf_counter() - start
-    timing = point.folder / "seconds.txt"
-    before = float(timing.read_text()) if timing.exists() else 0.0
-    timing.write_text(f"{before + seconds:.1f}\n")
-    if code:
-        last = (log.read_text().splitlines() or ["it printed nothing"])[-1]
+        place = file.tell()
+        say(f"{point.folder.name}: training, see {log}")
+        code = running.run(point.command, file)
+    if code == 0:
+        seconds = duration(time.perf_counter() - start)
+        say(f"{point.folder.name}: finished after {seconds}")
+    elif not running.stopped:
+        told = log.read_bytes()[place:].decode(errors="replace").splitlines()
+        last = (told or ["it printed nothing"])[-1]
         say(f"{point.folder.name}: FAILED with exit code {code}: {last}")
-    else:
-        say(f"{point.folder.name}: finished after {duration(seconds)}")
     return code == 0
 
 

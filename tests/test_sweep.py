@@ -2,17 +2,22 @@
 
 import csv
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from PIL import Image
 
 from sparx_jax import sweep
-from sparx_jax.errors import UserError
+from sparx_jax.errors import Preempted, UserError
 from sparx_jax.plots_sweep import spread
 from sparx_jax.training.config import as_dict, from_config_dict
+from sparx_jax.training.goodput import Goodput
 from tests.test_cli import ROOT
 
 # ml_collections loads config files in a way that Python is about to drop.
@@ -127,7 +132,11 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path):
     points, _ = points_of(tmp_path, "seed=0,1,2,3")
     done, half, unsaved, absent = points
     fabricate(done, done.folder, 90.0, 80.0, step=359)
-    (done.folder / "seconds.txt").write_text("12.5\n")
+    for seconds in (4.0, 8.5):  # two starts
+        session = Goodput(str(done.folder))
+        session.start(0)
+        session._seconds["steps"] = seconds
+        session.write(359)
     fabricate(half, half.folder, 70.0, step=180)
     fabricate(unsaved, unsaved.folder, 70.0, step=359)
     (unsaved.folder / "checkpoints/359").rename(unsaved.folder / "checkpoints/359.tmp")
@@ -177,6 +186,35 @@ def test_a_failing_point_stops_no_other_and_is_tried_again(
     assert out.count("training, see") == 1
     logs = [(point.folder / "train.log").read_text() for point in points]
     assert logs[1].count("no luck") == 2 and logs[0].count("cores") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_points_once_they_have_saved(tmp_path, monkeypatch, number):
+    program, runs = tmp_path / "train.py", tmp_path / "runs"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "work = pathlib.Path(sys.argv[-1].partition('=')[2])\n"
+        "def save(*_):\n"
+        "    (work / 'saved').touch()\n"
+        "    sys.exit(17)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(work / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(sweep, "TRAIN", program)
+    points, _ = points_of(runs, "seed=0,1,2")
+
+    def send():
+        while len(list(runs.glob("*/ready"))) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted, match="the same command goes on"):
+        sweep.train_all(points, 2)
+    assert signal.getsignal(number) == before
+    assert [(p.folder / "saved").exists() for p in points] == [True, True, False]
 
 
 def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
@@ -67,6 +68,9 @@ class Checkpoints:
                 ),
             ]
         )
+        self._replaced = self.path.parent / "replaced"
+        if not read_only:
+            self._put_back()
         with self._storage_errors():
             self._manager = ocp.CheckpointManager(
                 self.path,
@@ -121,7 +125,7 @@ class Checkpoints:
         self.wait()
         with self._storage_errors():
             if step in self._manager.all_steps():  # now its metrics are known
-                self._manager.delete(step)
+                self._set_aside([step], self._replaced)
             saved = self._manager.save(step, args=args, metrics=metrics)
         if not saved:  # Orbax says no more than that
             raise RuntimeError(f"Orbax did not save step {step} in {self.path}")
@@ -137,6 +141,8 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
         together(finish)
+        if jax.process_index() == 0:  # what it replaces is needed no more
+            shutil.rmtree(self._replaced, ignore_errors=True)
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -196,7 +202,10 @@ class Checkpoints:
                 print(f"{error} Looking for an earlier one.", flush=True)  # on each
                 damaged.append(step)
                 continue
-            self._set_aside(damaged)
+            if damaged:
+                folder = self.path.parent / "damaged"
+                self._set_aside(damaged, folder, f"-{time.time_ns()}")
+                say(f"moved damaged checkpoint(s) {damaged} to {folder}")
             return state
         if damaged:
             raise DamagedError(
@@ -291,16 +300,22 @@ class Checkpoints:
                 "--workdir, then start again; the checkpoints before are intact."
             ) from error
 
-    def _set_aside(self, steps):
-        folder = self.path.parent / "damaged"
-        if steps and jax.process_index() == 0:
+    def _set_aside(self, steps, folder, suffix=""):
+        if jax.process_index() == 0:
             folder.mkdir(exist_ok=True)
             for step in steps:
-                os.replace(self.path / str(step), folder / f"{step}-{time.time_ns()}")
-            say(f"moved damaged checkpoint(s) {steps} to {folder}")
-        if steps:
-            multihost_utils.sync_global_devices("damaged checkpoints set aside")
-            self._manager.reload()
+                os.replace(self.path / str(step), folder / f"{step}{suffix}")
+        multihost_utils.sync_global_devices("checkpoints set aside")
+        self._manager.reload()
+
+    def _put_back(self):
+        """What was to be replaced when the run was killed."""
+        if jax.process_index() == 0 and self._replaced.is_dir():
+            for step in self._replaced.iterdir():
+                if not (self.path / step.name).exists():  # else it is complete
+                    os.replace(step, self.path / step.name)
+            shutil.rmtree(self._replaced)
+        multihost_utils.sync_global_devices("checkpoints put back")
 
     def _check_model(self, step, meta, model):
         differing = [

@@ -14,15 +14,25 @@ class MetricsLog:
     """`metrics.jsonl` in the work folder: one JSON object a line, each with `step`.
 
     Written by process 0 only.  Opening it drops what a killed run wrote after
-    `start_step`, and a torn last line, so that no step stands there twice.
+    `start_step`, or of the evaluation then if that is still to be done (`unevaluated`),
+    and a torn last line, so that no step stands there twice.
     """
 
-    def __init__(self, workdir: str, *, start_step: int, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        start_step: int,
+        unevaluated: bool = False,
+        tensorboard: bool = False,
+    ):
         self._path = self._board = None
         if jax.process_index() != 0:
             return
         self._path = Path(workdir) / "metrics.jsonl"
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
+        if unevaluated:
+            kept = [r for r in kept if r["step"] < start_step or "top1" not in r]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self._path)

@@ -118,13 +118,21 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     )
     goodput.lap("initialisation")
     if start >= lengths.total_steps and not unevaluated:
-        say(f"nothing to do: {workdir} has reached step {start:,}")
+        say(
+            f"nothing to do: {workdir} has reached step {start:,}; eval.py draws "
+            "report.png anew"
+        )
         return
 
     goodput.write(start)  # a session counts even if it is killed at once
     train_step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     eval_step = compile_eval_step(network, config, state.weights, mesh)
-    log = MetricsLog(workdir, start_step=start, tensorboard=config.tensorboard)
+    log = MetricsLog(
+        workdir,
+        start_step=start,
+        unevaluated=unevaluated,
+        tensorboard=config.tensorboard,
+    )
     batches = train_batches(
         config.data,
         train_source,

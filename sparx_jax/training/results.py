@@ -46,6 +46,8 @@ def write_results(
     folder = Path(workdir)
     (folder / "results.md").write_text(f"{title}:\n\n{table(results)}\n")
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    picture = folder / "results.png"
+    picture.unlink(missing_ok=True)  # that of another evaluation
     if len({result.resolution for result in results}) > 1:
         from sparx_jax import plots_results  # matplotlib takes a second
 
@@ -53,4 +55,4 @@ def write_results(
         for result in results:
             curve = curves.setdefault(result.dataset, {})
             curve[result.resolution] = result.top1
-        plots_results.write_resolutions(folder / "results.png", curves, title)
+        plots_results.write_resolutions(picture, curves, title)

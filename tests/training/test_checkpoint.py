@@ -236,6 +236,29 @@ def test_a_write_that_fails_is_told_at_the_next_save(run, tmp_path, monkeypatch)
     checkpoints.close()
 
 
+def test_a_step_is_replaced_only_when_its_successor_is_complete(
+    run, tmp_path, monkeypatch
+):
+    """A run that is stopped in an evaluation saves the step again with its metrics."""
+    workdir, settings = str(tmp_path), as_dict(run.config)
+    checkpoints, state = Checkpoints(workdir), run.init()
+    checkpoints.save(state, settings, None)
+    step = int(state.step)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(checkpoints._manager), "save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(state, settings, {"top1": 1.0})
+    checkpoints.close()
+    again = Checkpoints(workdir)  # as after a kill at that moment
+    assert again.latest_step() == step and again.meta(step)["metrics"] is None
+    again.save(state, settings, {"top1": 1.0})
+    again.wait()
+    assert again.meta(step)["metrics"] == {"top1": 1.0}
+    assert not (tmp_path / "replaced").exists()
+    again.close()
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused_and_stays(finished, run):
     """Such as one with the moments in two vectors, of before 2026-11-27."""
     state, model = run.init(), as_dict(run.config)["model"]

@@ -271,6 +271,16 @@ def test_tensorboard_keeps_the_step_that_a_run_goes_on_from(tmp_path, monkeypatc
     assert opened == [{"purge_step": 5}]  # which TensorBoard drops, and later ones
 
 
+def test_an_evaluation_that_is_repeated_stands_in_the_metrics_once(tmp_path):
+    log = MetricsLog(str(tmp_path), start_step=0)
+    for record in ({"step": 4, "train_loss": 1.0}, {"step": 4, "top1": 9.0}):
+        log.write(record)
+    MetricsLog(str(tmp_path), start_step=4)
+    assert len(read_metrics(str(tmp_path))) == 2
+    MetricsLog(str(tmp_path), start_step=4, unevaluated=True)
+    assert read_metrics(str(tmp_path)) == [{"step": 4, "train_loss": 1.0}]
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(finished):
     other = tiny_settings(**{"model.dims": (8, 8, 12, 20)})
     message = r"another model: dims=\[8, 8, 12, 16\] there, \[8, 8, 12, 20\] here"
