@@ -317,7 +317,7 @@ def write_results(
         "moving average of the weights where one is kept; raw: without it.  Mean ± "
         "standard deviation (n - 1) over n finished runs of those planned.  best: the "
         "highest evaluation of each run; picked on the test pictures, so it flatters.  "
-        "s: seconds of train.py.\n"
+        "s: seconds by goodput.json.\n"
     )
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)
