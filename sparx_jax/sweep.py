@@ -36,7 +36,6 @@ from ml_collections import ConfigDict, config_flags
 from sparx_jax.errors import Preempted, UserError
 from sparx_jax.training import cli, goodput
 from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
-from sparx_jax.training.goodput import read_sessions
 from sparx_jax.training.logging import duration, read_metrics, say
 from sparx_jax.training.loop import plan
 
@@ -183,7 +182,7 @@ def result(point: Point) -> Result | None:
     saved = point.folder / "checkpoints" / str(last["step"])
     if last["step"] < plan(config, examples).total_steps or not saved.is_dir():
         return None
-    sessions = read_sessions(str(point.folder))
+    sessions = goodput.read_sessions(str(point.folder))
     return Result(
         last["top1"],
         max(record["top1"] for record in evaluations),
