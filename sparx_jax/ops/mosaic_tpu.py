@@ -165,15 +165,16 @@ def four_scans(
     Raises ValueError if the maps do not fit `vmem` MiB.
     """
     (_, *size, dim), (r, n) = x.shape, (dt_proj.shape[1], a.shape[-1])
-    plan = calls(*size, r + 2 * n, n, x.dtype, vmem)
+    e = r + 2 * n
+    plan = calls(*size, e, n, x.dtype, vmem)
     if not plan:
         raise ValueError(
             f"the scan method mosaic_tpu needs more than {vmem} MiB of VMEM for maps "
             f"of {size[0]} x {size[1]} in {x.dtype}: use associative."
         )
     # One matrix a direction: from its registers to the step size of every channel.
-    others = _near(r + 2 * n) // (r + 2 * n)
-    rows = np.eye(others)[np.arange(4) % others, :, None, None] * np.eye(r + 2 * n, r)
+    sharing = _near(e) // e  # directions whose numbers lie there
+    rows = np.eye(sharing)[np.arange(4) % sharing, :, None, None] * np.eye(e, r)
     w = jnp.einsum("kjer,krd->kjed", rows.astype(np.float32), dt_proj)
     w = w.reshape(4, -1, dim).astype(x.dtype)
 
