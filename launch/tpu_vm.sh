@@ -18,9 +18,17 @@ for variable in NAME ZONE TYPE VERSION; do
   [[ ${!variable-} ]] || die "$variable is not set: see the head of launch/tpu_vm.sh."
 done
 
-state() { # ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, ...; nothing if there is none
-  gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
-    --format='value(state.state)' 2>/dev/null
+state() { # ACTIVE, WAITING_FOR_RESOURCES, ..., NONE, or UNKNOWN with gcloud's message
+  local said
+  if said=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
+    --format='value(state.state)' 2>&1); then
+    echo "${said##*$'\n'}" # warnings come before it
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo NONE
+  else # the network, or a login that has ended: asked again later
+    echo "$said" >&2
+    echo UNKNOWN
+  fi
 }
 
 create() {
@@ -41,9 +49,9 @@ on_all() { # COMMAND; waits for all hosts, ends with the code of the first that 
 
 wait_for_slice() {
   local state
-  while state=$(state) && [[ $state != ACTIVE ]]; do
+  while state=$(state) && [[ $state != ACTIVE ]]; do # state never fails
     case $state in
-      '') create ;;
+      NONE) create ;;
       SUSPENDED) delete ;;
       FAILED) die "gcloud could not make $NAME: describe the queued resource." ;;
       *) sleep "${POLL_SECONDS:-30}" ;;

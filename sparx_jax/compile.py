@@ -184,7 +184,8 @@ def largest_batch(measure, chip: Chip, first: dict, batch: int, count: int) -> t
     """The most pictures per device of which a compiled step fits, and that step.
 
     Memory is nearly linear in the batch: two compilations give the line, a third
-    confirms the answer, and a smaller one is tried where it does not fit.
+    confirms the answer, and a smaller one is tried where it does not fit.  (0, None) if
+    none fits.
 
     Args:
       measure: pictures per device to `compile_step`.
@@ -194,6 +195,10 @@ def largest_batch(measure, chip: Chip, first: dict, batch: int, count: int) -> t
       count: of devices.
     """
     limit = chip.memory * USABLE
+
+    def fits(n):
+        return known[n]["fits"] and known[n]["peak"] <= limit
+
     other = max(1, batch // 2)
     known = {batch: first, other: first if other == batch else measure(other)}
     tried = None
@@ -204,13 +209,12 @@ def largest_batch(measure, chip: Chip, first: dict, batch: int, count: int) -> t
         if tried is not None:
             guess = min(guess, tried - max(1, tried // 16))
         guess = max(1, guess - guess % 8 if guess > 8 else guess)
-        step = known.get(guess) or measure(guess)
-        if step["fits"] and step["peak"] <= limit:
-            return guess, step
-        if guess == 1:
+        known[guess] = known.get(guess) or measure(guess)
+        if fits(guess) or guess == 1:
             break
         tried = guess
-    return 0, None
+    most = max(filter(fits, known), default=0)
+    return most, known.get(most)
 
 
 def report(

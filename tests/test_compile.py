@@ -92,6 +92,11 @@ def test_the_largest_batch_is_found_and_was_compiled(first):
     assert none == 0
 
 
+def test_a_batch_that_fits_counts_though_none_of_the_larger_ones_does():
+    measure = lambda n: {"peak": 100.0 * n, "fits": n < 5}  # noqa: E731
+    assert largest_batch(measure, CHIP, measure(4), 4, 1) == (4, measure(4))
+
+
 def test_a_step_that_does_not_fit_is_told(capsys):
     step = {"per_device": 8, "peak": 3000.0, "fits": False, "parameters": 4.0}
     text = "\n".join(table([("none, train", step)], CHIP, 4))

@@ -341,19 +341,25 @@ TPU = dict(NAME="pod", ZONE="us-west4-a", TYPE="v5litepod-16", VERSION="v2-alpha
 ZONE = "--zone=us-west4-a"
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 VM = ["gcloud", "compute", "tpus", "tpu-vm"]
+NOT_FOUND = "ERROR: (gcloud) NOT_FOUND: Resource 'pod' was not found."
 
 
 @pytest.fixture
 def tpu(bench):
-    """Runs the script where gcloud tells `states` and train.py ends with `codes`."""
+    """Runs the script where gcloud tells `states` and train.py ends with `codes`.
+
+    A state that is a sentence is what gcloud says when it fails.
+    """
 
     def run(*words, states=("ACTIVE",), codes=(0,), **env):
         bench.answers("states", states)
         bench.answers("codes", codes)
         bench.stand_in(
             "gcloud",
-            "case $* in *describe*) next states ;; "
-            "*detach.sh*) exit $(next codes) ;; esac",
+            "case $* in *describe*) state=$(next states) ;; "
+            "*detach.sh*) exit $(next codes) ;; esac\n"
+            '[[ $state != *" "* ]] || { echo "$state" >&2; exit 1; }\n'
+            'echo "$state"',
         )
         return bench.run("tpu_vm.sh", *words, **TPU | env)
 
@@ -367,7 +373,7 @@ def verbs(bench):
 
 
 def test_a_tpu_slice_is_made_set_up_and_trains_on_all_hosts(bench, tpu):
-    states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
+    states = [NOT_FOUND, "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     words = ["train", "python", "train.py", "--workdir=bucket/a b"]
     done = tpu(*words, states=states, SPOT="yes", BUCKET="mine")
     assert done.returncode == 0, done.stderr
@@ -400,13 +406,20 @@ def test_a_tpu_slice_trains_again_on_the_right_exit_codes_only(bench, tpu, code)
 
 
 def test_a_slice_that_was_taken_away_is_asked_for_again(bench, tpu):
-    states = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "", "ACTIVE"]
+    states = ["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", NOT_FOUND, "ACTIVE"]
     done = tpu("train", "python", "train.py", states=states, codes=[1, 0])
     assert done.returncode == 0 and "exit code 137, starting again" in done.stderr
     train = ["scp", "ssh", "ssh"]
     assert verbs(bench) == [*train, "delete", "create", *train]
     (delete,) = [call for call in bench.calls if call[4] == "delete"]
     assert delete == [*QUEUED, "delete", "pod", ZONE, "--force", "--quiet"]
+
+
+def test_a_slice_of_which_gcloud_cannot_tell_is_neither_made_nor_given_up(bench, tpu):
+    states = ["ERROR: (gcloud) UNAVAILABLE: try again.", "ACTIVE"]
+    done = tpu("train", "python", "train.py", states=states)
+    assert done.returncode == 0 and "UNAVAILABLE: try again." in done.stderr
+    assert verbs(bench) == ["scp", "ssh", "ssh"]
 
 
 def test_a_request_that_failed_is_told(bench, tpu):

@@ -153,7 +153,7 @@ def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     """
     whose = skeleton(shapes)
     names = {torch_name(path, whose): path for path in shapes}
-    given = {name for name in weights if not IGNORED.search(name)}
+    given = {name for name in map(str, weights) if not IGNORED.search(name)}
     missing, unknown = sorted(names.keys() - given), sorted(given - names.keys())
     if missing or unknown:
         raise UserError(

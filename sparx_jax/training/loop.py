@@ -224,6 +224,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
             "goes on from there."
         ) from None
     finally:
+        batches.close()  # or its workers' shared memory outlives them
         profiler.stop(step)  # if the last step to record did not come
         goodput.write(step)
     say(f"{report} shows the run ({goodput.sentence()})")

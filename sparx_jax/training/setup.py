@@ -29,6 +29,11 @@ def prepare(settings: ConfigDict) -> Setup:
     data = from_config_dict(settings).data
     train_source, eval_source = (open_source(data, s) for s in ("train", "eval"))
     num_classes = len(train_source.class_names)
+    if num_classes < 2:
+        raise UserError(
+            f"the training pictures are all of the class {train_source.class_names[0]!r}"
+            ": give at least two classes, each in a folder of its own."
+        )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     for name in ("batch_size", "eval_batch_size"):
