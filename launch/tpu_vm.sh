@@ -48,12 +48,15 @@ on_all() { # COMMAND; waits for all hosts, ends with the code of the first that 
 }
 
 wait_for_slice() {
-  local state
+  local state unknown=0
   while state=$(state) && [[ $state != ACTIVE ]]; do # state never fails
     case $state in
       NONE) create ;;
       SUSPENDED) delete ;;
       FAILED) die "gcloud could not make $NAME: describe the queued resource." ;;
+      UNKNOWN) # no more than ten minutes of it: a login may have ended
+        ((++unknown < 20)) || die "gcloud cannot tell of $NAME: its message is above."
+        ;;&
       *) sleep "${POLL_SECONDS:-30}" ;;
     esac
   done
@@ -81,7 +84,7 @@ train() { # COMMAND...
     copy_code && on_all "$command"
     code=$?
     ((code)) || exit 0
-    [[ $(state) == ACTIVE ]] || code=137 # the slice was taken away
+    [[ $(state) == @(ACTIVE|UNKNOWN) ]] || code=137 # the slice was taken away
     # 255: the connection is lost, but the hosts may train.
     if ! { restartable "$code" || ((code == 255)); } || ((left == 0)); then
       exit "$code"

@@ -25,7 +25,6 @@ from sparx_jax.models.config import ModelConfig
 
 DPI = 110
 WIDTH = 12.0
-MAX_WRONG = 16
 WRONG_COLUMNS = 8
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -235,6 +234,15 @@ def write_wiring(path: str | os.PathLike, configs: Mapping[str, ModelConfig]) ->
     save(image, path, Wiring=wiring_text(configs))
 
 
+def new_figure(height: float, title: str, note: str) -> Figure:
+    """`height` inches under a title and, smaller, a note; what does not fit is cut."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    FigureCanvasAgg(figure)  # which measures texts
+    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
+    write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
+    return figure
+
+
 def report_figure(
     *,
     history: Sequence[dict],
@@ -248,11 +256,8 @@ def report_figure(
     `learning_rate`, `eval_loss`, `top1`, `raw_top1` (percent), `raw_eval_loss` and
     `images_per_s`; the last record of a step counts.
     """
-    rows = -(-min(len(wrong), MAX_WRONG) // WRONG_COLUMNS)
-    figure = Figure(figsize=(WIDTH, 7.95 + max(1.95 * rows, 0.5)), dpi=DPI)
-    FigureCanvasAgg(figure)
-    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
-    write_line(figure, 0.4, 0.68, _summary(history), size=9, color=GREY)
+    rows = -(-len(wrong) // WRONG_COLUMNS)
+    figure = new_figure(7.95 + max(1.95 * rows, 0.5), title, _summary(history))
     _draw_curves(figure, history)
     draw_wiring(_add_axes(figure, 0.4, 5.15, WIDTH - 0.7, 2.3), model, "Wiring")
     _draw_wrong_answers(figure, wrong, top=7.85)
@@ -399,15 +404,12 @@ def _note(axes, step, height, text, colour):
 
 
 def _draw_wrong_answers(figure, wrong, top):
-    shown = sorted(wrong, key=lambda answer: -answer.probability)[:MAX_WRONG]
-    heading = "Wrong answers"
-    if len(wrong) > MAX_WRONG:
-        heading += f": the {MAX_WRONG} most confident of {len(wrong):,}"
+    heading = "The most confident of the wrong answers"
     write_line(figure, 0.4, top - 0.05, heading, size=11, weight="bold")
-    if not shown:
+    if not wrong:
         write_line(figure, 0.4, top + 0.2, "None among the pictures looked at.", size=9)
     pitch = (WIDTH - 0.7) / WRONG_COLUMNS
-    for index, answer in enumerate(shown):
+    for index, answer in enumerate(wrong):
         row, column = divmod(index, WRONG_COLUMNS)
         _draw_answer(figure, 0.4 + pitch * column, top + 0.15 + 1.95 * row, answer)
 

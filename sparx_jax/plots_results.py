@@ -3,22 +3,19 @@
 import os
 from collections.abc import Mapping
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sparx_jax.plots import (
     BLUE,
-    DPI,
     GREEN,
-    GREY,
     INK,
     ORANGE,
     WIDTH,
     add_legend,
+    new_figure,
     panel,
     render,
     save,
-    write_line,
 )
 
 # The last two are Okabe and Ito's as well.
@@ -32,11 +29,8 @@ def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) ->
       curves: data set -> resolution in pixels -> top-1 in percent.
       title: above the picture.
     """
-    figure = Figure(figsize=(WIDTH, 4.6), dpi=DPI)
-    FigureCanvasAgg(figure)
     note = "top-1, %, by the edge of the square pictures, pixels"
-    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
-    write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
+    figure = new_figure(4.6, title, note)
     axes = panel(figure, 0.75, 0.95, WIDTH - 1.1, 3.2, "")
     for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
         sizes = sorted(curve)

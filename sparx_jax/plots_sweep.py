@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sparx_jax.plots import (
     BLUE,
-    DPI,
-    GREY,
     INK,
     ORANGE,
     WIDTH,
+    new_figure,
     panel,
     render,
     save,
@@ -42,11 +40,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
     """One row a group, in the order given; 12 inches wide."""
-    figure = Figure(figsize=(WIDTH, 1.6 + 0.36 * len(groups)), dpi=DPI)
-    FigureCanvasAgg(figure)
     note = "top-1, %, after the last step; dots: single runs, bar: mean ± deviation"
-    write_line(figure, 0.4, 0.42, title, size=15, weight="bold", width=WIDTH - 0.8)
-    write_line(figure, 0.4, 0.68, note, size=9, color=GREY)
+    figure = new_figure(1.6 + 0.36 * len(groups), title, note)
     left = min(5.0, 0.5 + 0.08 * max(len(group.name) for group in groups))
     height = 0.36 * len(groups)
     axes = panel(figure, left, 0.9, WIDTH - left - 2.2, height, "")

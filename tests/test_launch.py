@@ -420,6 +420,8 @@ def test_a_slice_of_which_gcloud_cannot_tell_is_neither_made_nor_given_up(bench,
     done = tpu("train", "python", "train.py", states=states)
     assert done.returncode == 0 and "UNAVAILABLE: try again." in done.stderr
     assert verbs(bench) == ["scp", "ssh", "ssh"]
+    done = tpu("train", "python", "train.py", states=states[:1])
+    assert done.returncode == 78 and "gcloud cannot tell of pod" in done.stderr
 
 
 def test_a_request_that_failed_is_told(bench, tpu):

@@ -115,7 +115,8 @@ class _Renumbered:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
-        return {**example, "label": int(self._number[example["label"]])}
+        label = example["label"]  # negative where nobody has published it
+        return {**example, "label": int(self._number[label]) if label >= 0 else label}
 
     def name(self, index: int) -> str:
         return self.source.name(index)

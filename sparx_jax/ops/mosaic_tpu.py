@@ -154,7 +154,7 @@ def four_scans(
     a: Float[Array, "4 d n"],
     d: Float[Array, "4 d"],
     *,
-    vmem: int,
+    vmem: int | None = None,
 ) -> Float[Array, "b h w d"]:
     """The sum of the scans along rows, columns, and both backwards.
 
@@ -162,8 +162,10 @@ def four_scans(
     many together as `aligned` says.  On anything but a TPU the kernel is interpreted,
     which is slow: for tests.
 
-    Raises ValueError if the maps do not fit `vmem` MiB.
+    Raises ValueError if the maps do not fit `vmem` MiB: that of the devices or, where
+    they are no TPUs, of the TPU that has most.
     """
+    vmem = vmem or target_vmem() or max(VMEM.values())
     (_, *size, dim), (r, n) = x.shape, (dt_proj.shape[1], a.shape[-1])
     e = r + 2 * n
     plan = calls(*size, e, n, x.dtype, vmem)

@@ -41,11 +41,11 @@ def ss2d(
       triton_gpu   the same for GPUs of NVIDIA's Ampere generation and later; forward by
                    CUDA for bfloat16, one state and maps that fit shared memory, where
                    the sum of the directions is rounded to bfloat16 after each
-      auto         the kernel of the devices that `batch_on` names, or else of the
-                   default ones; where there is none, or not even a line fits a TPU's
-                   VMEM, loop on CPU and associative elsewhere, as `by_platform` does;
-                   or what the environment says in SPARX_JAX_SCAN_METHOD when the
-                   call is traced
+      auto         by the platform that it is compiled for, as `by_platform` says: the
+                   kernel of the devices that `batch_on` names, or else of the default
+                   ones; where there is none, or not even a line fits a TPU's VMEM,
+                   loop on CPU and associative elsewhere; or what the environment says
+                   in SPARX_JAX_SCAN_METHOD when the call is traced
     Raises ValueError for others, or if mosaic_tpu does not fit.
 
     Source: SS2D of Liu et al., "VMamba", arXiv:2401.10166.
@@ -55,25 +55,28 @@ def ss2d(
     if method not in SCAN_METHODS:
         raise ValueError(f"scan method {method!r} is none of {SCAN_METHODS}")
     x_proj, dt_proj = (w.astype(x.dtype) for w in (x_proj, dt_proj))
-    if method == "auto":
-        method = _kernel(x, x_proj, a) or method
-    x_proj, dt_proj = aligned(method, x_proj, dt_proj, a.shape[-1])
+    kernel = _kernel(x, x_proj, a) if method == "auto" else method
+    x_proj, dt_proj = aligned(kernel, x_proj, dt_proj, a.shape[-1])
     # Projections act on single pixels: in the map's own order, for all directions.
     p = jnp.einsum("bhwd,kde->bhwke", x, x_proj)
     p = p.reshape(*p.shape[:3], -1)
     operands = x, p, dt_proj, dt_bias, a, skip
-    if method == "triton_gpu":
-        return triton_gpu.four_scans(*operands)
-    if method == "mosaic_tpu":
-        vmem = mosaic_tpu.target_vmem() or max(mosaic_tpu.VMEM.values())
-        return mosaic_tpu.four_scans(*operands, vmem=vmem)
     if method == "sequential":
         return by_sequences("sequential", *operands)
     with jax.named_scope("four_scans"):  # by which sparx_jax.summary knows it
-        return shard_batch(partial(four_scans, method), "bb....", "b")(*operands)
+        scans = shard_batch(partial(four_scans, method), "bb....", "b")
+        if kernel not in KERNELS:
+            return scans(*operands)
+        platform, module = KERNELS[kernel]
+        if method == kernel:
+            return module.four_scans(*operands)
+        return by_platform(*operands, default=scans, **{platform: module.four_scans})
 
 
-def _kernel(x, x_proj, a) -> MapScanMethod | None:
+KERNELS = {"mosaic_tpu": ("tpu", mosaic_tpu), "triton_gpu": ("cuda", triton_gpu)}
+
+
+def _kernel(x, x_proj, a) -> str | None:
     """The method of one kernel where the devices have one."""
     if target_kind().startswith("NVIDIA"):
         return "triton_gpu"
@@ -89,11 +92,10 @@ def aligned(method, x_proj, dt_proj, n: int):
 
     That is, with more inputs of the step sizes, zero.
     """
-    kernels = {"mosaic_tpu": mosaic_tpu, "triton_gpu": triton_gpu}
-    if method not in kernels:
+    if method not in KERNELS:
         return x_proj, dt_proj
     (*_, e), rank = x_proj.shape, dt_proj.shape[1]
-    zeros = (0, 0), (0, kernels[method].aligned(e, n, x_proj.dtype) - e), (0, 0)
+    zeros = (0, 0), (0, KERNELS[method][1].aligned(e, n, x_proj.dtype) - e), (0, 0)
     dt, bc = jnp.split(x_proj, [rank], -1)
     dt = jnp.pad(dt, (zeros[0], zeros[2], zeros[1]))
     return jnp.concatenate([dt, bc], -1), jnp.pad(dt_proj, zeros)

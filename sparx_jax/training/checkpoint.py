@@ -160,7 +160,7 @@ class Checkpoints:
             return steps[-1]
         if which == "best":
             return self._manager.best_step() or steps[-1]
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise UserError(
                 f"there is no checkpoint {which!r} in {self.path}: use best, latest or "
                 f"one of {', '.join(map(str, steps))}."

@@ -240,9 +240,10 @@ def default_config() -> ConfigDict:
     `ModelConfig`, None for the variant's own value.  If left at None,
     `config.model.num_classes` is that of the data set.
     """
-    settings = {"model": {"name": "sparx_mamba_t"} | _placeholders(models.ModelConfig)}
-    for name, value in _FIELDS.items():
-        settings[name] = dataclasses.asdict(value) if _is_config(value) else value
+    name = "sparx_mamba_t"
+    settings = as_dict(Config(model=models.model_config(name), model_name=name))
+    del settings["model_name"]
+    settings["model"] = {"name": name} | _placeholders(models.ModelConfig)
     config = ConfigDict(settings)
     config.lock()
     return config
@@ -256,7 +257,7 @@ def from_config_dict(config: ConfigDict, *, num_classes: int | None = None) -> C
       num_classes: of the data set; used where the model's is not set.
 
     Raises:
-      UserError: a setting is unknown or has a wrong type or value.
+      UserError: a setting has a wrong type or value.
     """
     values = config.to_dict()
     overrides = _without_none(values.pop("model", {}))
@@ -270,11 +271,9 @@ def from_config_dict(config: ConfigDict, *, num_classes: int | None = None) -> C
             f"at least {num_classes}, the classes of the data set",
         )
     model = models.model_config(name, **overrides)
-    for key in values.keys() - _FIELDS.keys():
-        raise UserError(f"unknown setting config.{key}; see training/config.py.")
-    for key, default in _FIELDS.items():
-        if _is_config(default) and key in values:
-            values[key] = _nested(type(default), values[key], key)
+    for key, kind in get_type_hints(Config).items():
+        if dataclasses.is_dataclass(kind) and key in values:
+            values[key] = kind(**values[key])
     return Config(model=model, model_name=name, **values)
 
 
@@ -313,19 +312,6 @@ def _flat(values, prefix=""):
     return flat
 
 
-def _nested(kind, values, prefix):
-    known = get_type_hints(kind)
-    for key in values.keys() - known.keys():
-        raise UserError(
-            f"unknown setting config.{prefix}.{key}; there are: {', '.join(known)}."
-        )
-    return kind(**values)
-
-
-def _is_config(value):
-    return dataclasses.is_dataclass(value)
-
-
 def _placeholders(kind):
     """Typed None for every field of a model configuration, nested ones too."""
     settings = {}
@@ -344,12 +330,3 @@ def _without_none(values):
         k: _without_none(v) if isinstance(v, dict) else v for k, v in values.items()
     }
     return {k: v for k, v in nested.items() if v is not None and v != {}}
-
-
-_FIELDS = {
-    f.name: f.default
-    if f.default_factory is dataclasses.MISSING
-    else f.default_factory()
-    for f in dataclasses.fields(Config)
-    if f.name not in ("model", "model_name")
-}

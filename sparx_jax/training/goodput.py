@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 
 from sparx_jax.training.logging import duration
+from sparx_jax.training.workdir import replace_text
 
 ACTIVITIES = (
     "initialisation",  # imports are not seen: they end before
@@ -61,9 +61,7 @@ class Goodput:
         if jax.process_index() != 0:
             return
         content = summary(self._sessions) | {"sessions": self._sessions}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, self._path)
+        replace_text(self._path, json.dumps(content, indent=1) + "\n")
 
     def sentence(self) -> str:
         """The seconds of this session, and the goodput of the run."""

@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sparx_jax.training.workdir import replace_text
 
 
 class MetricsLog:
@@ -33,9 +34,7 @@ class MetricsLog:
         kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
         if unevaluated:
             kept = [r for r in kept if r["step"] < start_step or "top1" not in r]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self._path)
+        replace_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         if tensorboard:
             from tensorboardX import SummaryWriter
 

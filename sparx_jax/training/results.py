@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparx_jax.training.workdir import replace_text
+
 
 class Result(NamedTuple):
     """A data set at a resolution."""
@@ -44,8 +46,8 @@ def write_results(
 ) -> None:
     """Writes `results.md`, `results.json` and, of several resolutions, a picture."""
     folder = Path(workdir)
-    (folder / "results.md").write_text(f"{title}:\n\n{table(results)}\n")
-    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / "results.md", f"{title}:\n\n{table(results)}\n")
+    replace_text(folder / "results.json", json.dumps(summary, indent=2) + "\n")
     picture = folder / "results.png"
     picture.unlink(missing_ok=True)  # that of another evaluation
     if len({result.resolution for result in results}) > 1:

@@ -31,8 +31,8 @@ def prepare(settings: ConfigDict) -> Setup:
     num_classes = len(train_source.class_names)
     if num_classes < 2:
         raise UserError(
-            f"the training pictures are all of the class {train_source.class_names[0]!r}"
-            ": give at least two classes, each in a folder of its own."
+            f"{train_source.class_names[0]!r} is the only class of the training "
+            "pictures: give at least two, each in a folder of its own."
         )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)

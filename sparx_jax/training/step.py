@@ -205,7 +205,7 @@ def compile_train_step(
 ) -> Any:
     """`(state, batch) -> (state, metrics)` of the config's seed."""
     step = jit_train_step(network, config, optimizer, schedule, state, mesh)
-    seed = jax.device_put(np.uint32(config.seed % 2**32), replicated(mesh))
+    seed = jax.device_put(np.uint32(config.seed), replicated(mesh))
     return partial(step, seed)
 
 

@@ -72,6 +72,13 @@ def _lock(workdir):
     return file
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file; who reads it meanwhile, or after a kill, has the one before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def write_config(workdir: str, config: Config, num_params: int) -> None:
     """`config.json`: all settings, package versions, devices."""
     if jax.process_index() == 0:
@@ -82,7 +89,5 @@ def write_config(workdir: str, config: Config, num_params: int) -> None:
             "versions": versions | {"python": platform.python_version()},
             "devices": [str(device) for device in jax.devices()],
         }
-        path = Path(workdir) / "config.json"
-        temporary = path.with_suffix(".tmp")  # a sweep's other tasks may read it now
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(temporary, path)
+        path = Path(workdir) / "config.json"  # which a sweep's other tasks may read now
+        replace_text(path, json.dumps(content, indent=2) + "\n")

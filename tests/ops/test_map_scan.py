@@ -191,13 +191,16 @@ def test_the_gpu_kernels_are_lowered_for_gpus(dtype):
 def test_auto_takes_the_kernel_of_the_devices(monkeypatch):
     args = operands(1, 4, 4, 32, 2, 1, "float32")
 
-    def program(kind):
+    def program(kind, platform="cuda"):
         monkeypatch.setattr(MODULE, "target_kind", lambda: kind)
         traced = jax.jit(lambda *args: ss2d(*args)).trace(*args)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert "four_scans" in program("NVIDIA H100 80GB HBM3")
     assert "four_scans" not in program("Tesla V100-SXM2-16GB")
+    # What runs on the CPU of such a machine is the CPU's, not the interpreted kernel.
+    there, here = program("NVIDIA H100 80GB HBM3", "cpu"), program("cpu", "cpu")
+    assert there.count("stablehlo.while") == here.count("stablehlo.while") > 0
 
 
 def test_maps_that_do_not_fit_are_refused():
