@@ -27,7 +27,7 @@ NETWORKS = "sparx_mamba_nano", "sparx_swin_nano"
 
 
 def network_costs(name: str) -> dict[str, float]:
-    """Of the training step of 2 pictures of 64 x 64."""
+    """Of the training step of 2 images of 64 x 64."""
     step, args = functions(name, 64, 2)["step"]
     lowered = step.lower(*args)
     return {
@@ -37,7 +37,7 @@ def network_costs(name: str) -> dict[str, float]:
 
 
 def operation_costs() -> dict[str, float]:
-    """Temporaries in MB of 2 pictures, at stage 2 of SparX-Mamba-T where it matters."""
+    """Temporaries in MB of 2 images, at stage 2 of SparX-Mamba-T where it matters."""
     x = ops.draw(2, 28, 28, 384)
     scale = jnp.ones(384)
     cases = {

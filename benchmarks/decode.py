@@ -1,10 +1,10 @@
-"""Pictures for a trial: does data.decode="fast" change what is learned?
+"""Images for a trial: does data.decode="fast" change what is learned?
 
     python -m benchmarks.decode SMALL LARGE [--times=3]
 
 SMALL holds train/<class>/* and test/<class>/*, such as CIFAR-10; LARGE gets the same as
 JPEGs that many times as wide and high (Pillow, bicubic, quality 92). Trained at the
-width of SMALL, three times as large pictures make crops that shrink by 0.85 to 3, where
+width of SMALL, three times as large images make crops that shrink by 0.85 to 3, where
 ImageNet's photographs at 224 pixels mostly shrink by 0.5 to 2: the fast mode takes all
 its short cuts. Prints how many grey levels the modes are apart, and the sweep.
 """
@@ -25,7 +25,7 @@ SWEEP = """python -m sparx_jax.sweep --config=configs/ablation.py:mamba_sparx \\
 
 
 def main():
-    """Writes the pictures, compares 1,000 of them."""
+    """Writes the images, compares 1,000 of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("small", type=Path)
     parser.add_argument("large", type=Path)
@@ -43,7 +43,7 @@ def main():
             )
             large.save(made[-1], quality=92)
     if not made:
-        parser.error(f"{options.small} holds no pictures: give the folder of train/")
+        parser.error(f"{options.small} holds no images: give the folder of train/")
     sample = [path.read_bytes() for path in made[:: max(1, len(made) // 1000)]]
     print(json.dumps({"grey levels apart": differences(sample, width)}))
     print(SWEEP.format(root=options.large))

@@ -1,10 +1,10 @@
-"""Training pictures a second, ours against timm's and tf.data's.
+"""Training images a second, ours against timm's and tf.data's.
 
 python -m benchmarks.input FOLDER --timm_python=PYTHON --tf_python=PYTHON [--workers=1]
 
 FOLDER holds <class>/*.JPEG, photographs. timm 1.0.31 with torchvision and TensorFlow
 must be installed for these interpreters (see timm_loader.py, tf_data_loader.py); either
-may be left out. All take turns, round by round, on the same pictures: decode, random
+may be left out. All take turns, round by round, on the same images: decode, random
 crop, flip, RandAugment, batches of uint8, each from WORKERS processes (tf.data:
 threads). Rates are by wall clock, and by CPU time (the workers' too), that is by core.
 Prints a table of stages, the rates and their ratios to the others' (median over the
@@ -35,9 +35,9 @@ BATCH = 32
 
 
 class Repeated:
-    """As if the folder held 100 times as many pictures.
+    """As if the folder held 100 times as many images.
 
-    Grain draws the order of so few as 256 in 0.13 ms a picture, of 25,600 in 0.01 ms.
+    Grain draws the order of so few as 256 in 0.13 ms an image, of 25,600 in 0.01 ms.
     """
 
     def __init__(self, source):
@@ -62,7 +62,7 @@ def serve(mode, source, workers):
 
 
 def rates(loaders, rounds, count, workers):
-    """Pictures a second of wall clock and of CPU of each loader in each round."""
+    """Images a second of wall clock and of CPU of each loader in each round."""
     found = {name: [] for name in loaders}
     for _ in range(rounds):
         for name, loader in loaders.items():
@@ -73,7 +73,7 @@ def rates(loaders, rounds, count, workers):
 
 
 def stages(files):
-    """CPU time of each stage in ms a picture, both modes, best of three."""
+    """CPU time of each stage in ms an image, both modes, best of three."""
     data = replace(RECIPE, rand_augment="")
     rand = make_choose(RECIPE)
     rng = np.random.default_rng(0)
@@ -183,14 +183,14 @@ def main():
     files = [source[i]["image"] for i in range(len(source))]
     table, apart = stages(files), differences(files)
 
-    print(f"{'stage, ms of CPU a picture':30} exact   fast")
+    print(f"{'stage, ms of CPU an image':30} exact   fast")
     for name, (one, two) in table.items():
         print(f"{name:30} {one:5.2f}  {two:5.2f}")
     result = {"workers": options.workers, "ms": table, "grey levels apart": apart}
     for name, clocks in found.items():
         for clock, rounds in zip(("wall", "core"), clocks, strict=True):
             entry = {"images_per_s": float(np.median(rounds))}
-            line = f"{name:7} {np.median(rounds):6.0f} pictures/s ({clock})"
+            line = f"{name:7} {np.median(rounds):6.0f} images/s ({clock})"
             for peer in peers:
                 ratios = rounds / found[peer][("wall", "core").index(clock)]
                 median, least, most = np.quantile(ratios, (0.5, 0, 1)).tolist()

@@ -1,10 +1,10 @@
 """Our operations against XLA's own, at the four stages of SparX-Mamba-T.
 
-    python -m benchmarks.ops --out=ops.json               # 8 pictures, float32, on CPU
+    python -m benchmarks.ops --out=ops.json               # 8 images, float32, on CPU
     python -m benchmarks.ops --batch=128 --dtype=bfloat16 --only=scan,ss2d  # on a GPU
 
 Ratios are times of the peer by ours, of the same run; the error is ours, forward, of
-one picture against the peer in float32.  Peers: the same four scans by
+one image against the peer in float32.  Peers: the same four scans by
 `associative_scan`; a port of the authors' SS2D that keeps four copies of the map; XLA's
 grouped convolution.  All are compiled with the options of the training step.
 """
@@ -158,7 +158,7 @@ def compare(name, ours, peer, args, rounds):
 
 
 def error_of(ours, peer, args):
-    """Of one picture, against the peer in float32: root mean squares' ratio."""
+    """Of one image, against the peer in float32: root mean squares' ratio."""
     first = [t[:1] if t.ndim == 4 else t for t in args]  # weights have 2 or 3 axes
     want = jax.jit(peer)(*(t.astype(jnp.float32) for t in first))
     return float(jnp.linalg.norm(jax.jit(ours)(*first) - want) / jnp.linalg.norm(want))

@@ -1,4 +1,4 @@
-"""The README's pictures of the benchmarks: python -m benchmarks.plot FILE.json...
+"""The README's figures of the benchmarks: python -m benchmarks.plot FILE.json...
 
     python -m benchmarks.plot scaling.json ops.json model.json --folder=docs
 
@@ -52,9 +52,9 @@ def conditions(found: dict) -> str:
 
 
 def scaling_figure(found: dict) -> Figure:
-    """Time and memory by the pixels of the picture, a colour for each mixer."""
-    title = "Cost of a token mixer by the size of the picture"
-    method = f"1 picture, {found['dtype']}, {found['method']}"
+    """Time and memory by the pixels of the image, a colour for each mixer."""
+    title = "Cost of a token mixer by the size of the image"
+    method = f"1 image, {found['dtype']}, {found['method']}"
     figure = new_figure(4.1, title, f"{method}; {conditions(found)}")
     mixers = list(dict.fromkeys(row["mixer"] for row in found["rows"]))
     colours = dict(zip(mixers, (BLUE, ORANGE, GREEN, PINK, INK), strict=False))
@@ -111,7 +111,7 @@ def draw_scaling(axes: Axes, rows: list, colours: dict, value) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:,.6g}")
-    axes.set_xlabel("pixels of the picture", size=8, color=GREY)
+    axes.set_xlabel("pixels of the image", size=8, color=GREY)
 
 
 def ops_figure(found: dict) -> Figure:
@@ -119,7 +119,7 @@ def ops_figure(found: dict) -> Figure:
     rows = found["rows"][::-1]  # bars are drawn from below
     height = 1.55 + 0.3 * len(rows)
     title = "Our operations against plain JAX: how many times faster"
-    method = f"{found['batch']} pictures, {found['dtype']}, {found['method']}"
+    method = f"{found['batch']} images, {found['dtype']}, {found['method']}"
     figure = new_figure(height, title, f"{method}; {conditions(found)}")
     left = 0.4 + 0.065 * max(len(row["name"]) for row in rows)
     axes = panel(figure, left, 0.95, WIDTH - left - 0.45, height - 1.5, "")
@@ -150,7 +150,7 @@ def kernels_figure(found: dict) -> Figure:
     height = 1.75 + 0.6 * len(rows)
     models = ", ".join(dict.fromkeys(row["model"] for row in rows[::-1]))
     title = f"Where the time of {models} goes"
-    method = f"{found['batch']} pictures of {found['image']} pixels a side"
+    method = f"{found['batch']} images of {found['image']} pixels a side"
     note = f"{method}, {found['dtype']}; {conditions(found)}"
     figure = new_figure(height, title, note)
     left = 1.2
@@ -195,7 +195,7 @@ def bar_name(row: dict, rows: list) -> str:
 
 
 def recognise(found) -> str | None:
-    """The picture that a benchmark's results are for."""
+    """The figure that a benchmark's results are for."""
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows:
         return None

@@ -122,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", default="v5e", choices=("v4", "v5e", "v5p"))
     parser.add_argument("--models", default="sparx_mamba_t,sparx_mamba_s,sparx_mamba_b")
-    parser.add_argument("--batch", type=int, default=128, help="pictures a chip")
+    parser.add_argument("--batch", type=int, default=128, help="images a chip")
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--predicted", default="", help="files of sparx_jax.compile")
     parser.add_argument("--out", type=Path)

@@ -1,9 +1,9 @@
-"""How a token mixer's cost grows with the picture, at stage 1 of SparX-Mamba-T.
+"""How a token mixer's cost grows with the image, at stage 1 of SparX-Mamba-T.
 
     python -m benchmarks.scaling --out=scaling.json       # one CPU core, six minutes
     python -m benchmarks.scaling --quick                  # two sizes, measured once
 
-The map has a quarter of the picture's edge.  SS2D is the operation alone on 192
+The map has a quarter of the image's edge.  SS2D is the operation alone on 192
 channels; both attentions are of Swin's 96 channels and 3 heads, with the projections to
 query, key and value and of the output.  1.00 a pixel: the cost is linear in pixels.
 """
@@ -99,7 +99,7 @@ def measure(cases: dict, rounds: int) -> dict:
 
 
 def add_growth(row: dict, first: dict, count: str) -> None:
-    """Adds the cost for each of `count`, pixels or pictures, relative to `first`."""
+    """Adds the cost for each of `count`, pixels or images, relative to `first`."""
     more = row[count] / first[count]
     for kind in KINDS:
         now, then = row[kind], first[kind]
@@ -108,7 +108,7 @@ def add_growth(row: dict, first: dict, count: str) -> None:
 
 
 def size_rows(sizes, rounds: int):
-    """A row for each mixer and size of the picture, without costs where no room."""
+    """A row for each mixer and size of the image, without costs where no room."""
     for mixer, make in MIXERS.items():
         cases = {image: case for image in sizes if (case := make(image // 4))}
         costs = measure(cases, rounds)
@@ -130,8 +130,8 @@ def batch_rows(rounds: int):
         add_growth(row, rows[0], "batch")
         for kind in KINDS:
             found = row[kind]
-            found["ms a picture"] = found["ms"].median / row["batch"]
-            found["MB a picture"] = found["MB"] / row["batch"]
+            found["ms an image"] = found["ms"].median / row["batch"]
+            found["MB an image"] = found["MB"] / row["batch"]
         yield row
 
 
@@ -146,7 +146,7 @@ def show(name: str, row: dict) -> None:
         spread = f"({ms.least:.1f}-{ms.most:.1f})"
         costs = (ms.median, found["MB"])
         if "batch" in row:
-            costs = (found["ms a picture"], found["MB a picture"])
+            costs = (found["ms an image"], found["MB an image"])
         print(
             f"{name if kind == 'forward' else '':24}{kind:9}{costs[0]:9.1f} {spread:18}"
             f"{found['ms growth']:5.2f}{costs[1]:9.1f}{found['MB growth']:7.2f}",
@@ -174,7 +174,7 @@ def main() -> None:
     print(f"x: of one pixel, relative to 224 pixels a side\n{'':33}{heading}")
     for row in size_rows(sizes, rounds):
         add("rows", f"{row['mixer']}, {row['image']}", row)
-    print("\nSS2D at 224, of one picture; least and most of the batch; x: to batch 1")
+    print("\nSS2D at 224, of one image; least and most of the batch; x: to batch 1")
     for row in batch_rows(rounds):
         add("batches", f"batch {row['batch']}", row)
 

@@ -1,9 +1,9 @@
-"""The same training pictures by tf.data, with TensorFlow's operations alone.
+"""The same training images by tf.data, with TensorFlow's operations alone.
 
 Run by TensorFlow's Python, 2.21.0 for instance; talks as `timm_loader.py` does. Decode
 and crop are one operation; resizing is without a wider filter, as TensorFlow's recipes
 have it; the 15 operations of RandAugment and their levels are timm's, written for this
-comparison (TensorFlow has none; Keras's took 60 ms a picture).
+comparison (TensorFlow has none; Keras's took 60 ms an image).
 """
 
 import os

@@ -4,7 +4,7 @@ Compiles the kernels of the four scans and of the depthwise convolutions for eac
 of SparX-Mamba-T and counts the instruction bundles of the compiler's final schedule,
 those of a loop as often as it runs, beside XLA's estimate of what they replace: the
 scans by `lax.associative_scan`, and its own convolution.  All are given for a register
-of 8 pictures and 128 channels, those of scans for one direction; where a chip has two
+of 8 images and 128 channels, those of scans for one direction; where a chip has two
 cores they share the registers.  Waiting for memory is in none of them.
 
 Needs libtpu: `make libtpu`, then PYTHONPATH=.cache/libtpu.
@@ -56,7 +56,7 @@ def schedules(folder, kernel):
 
 
 def scan_cycles(found, size, plan):
-    """Of all strips and directions of 8 pictures and 128 channels.
+    """Of all strips and directions of 8 images and 128 channels.
 
     In a program there are loops over lines and one over groups of directions side by
     side, in which is one over pieces, the largest; for one group the compiler may drop
@@ -91,7 +91,7 @@ def main():
     """Prints the table, and writes it as JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--batch", type=int, default=32, help="pictures a chip")
+    parser.add_argument("--batch", type=int, default=32, help="images a chip")
     parser.add_argument("--image", type=int, default=224, help="pixels a side")
     parser.add_argument("--no_xla", action="store_true", help="ours alone, in a minute")
     parser.add_argument("--out", help="JSON file for the figures")

@@ -26,12 +26,12 @@ makes the tables of robustness and of resolutions; see sparx_jax/data/eval_sets.
     vmamba_s        300    1024   83.6                     43 h
     vmamba_b        300    1024   83.9                     54 h
 
-Hardware: the authors had 8 GPUs with 256 or 128 pictures each; any mesh whose devices
+Hardware: the authors had 8 GPUs with 256 or 128 images each; any mesh whose devices
 divide the batch sees the same batches. Time: computed from the 571, 314 and 247
-pictures a second that VMamba's README gives for training its PyTorch code on an A100,
+images a second that VMamba's README gives for training its PyTorch code on an A100,
 for 8 of them; this program was not timed on such machines. On 16 TPU v4 (v4-32)
 `python -m sparx_jax.compile` predicted 0.27 s a step of sparx_mamba_t, 15 h in all. The
-host has to keep up: a picture's transforms took 4.8 ms of a core (measured, AMD EPYC;
+host has to keep up: an image's transforms took 4.8 ms of a core (measured, AMD EPYC;
 timm's 1.09 times as long), so 300 epochs take 512 core hours, and the 16 workers set
 below 32 h.
 
@@ -82,7 +82,7 @@ def get_config(variant: str = "sparx_mamba_t"):
     config.data.crop = "resized"
     config.data.scale = (0.08, 1.0)  # share of the area
     config.data.interpolation = "random"  # bilinear or bicubic
-    config.data.flip = True  # half of the pictures
+    config.data.flip = True  # half of the images
     config.data.rand_augment = "rand-m9-mstd0.5-inc1"
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
@@ -95,7 +95,7 @@ def get_config(variant: str = "sparx_mamba_t"):
     config.mixing.erasing = 0.25  # probability; noise a pixel
     config.label_smoothing = 0.1
 
-    config.batch_size = 2048  # pictures: 8 GPUs x 256
+    config.batch_size = 2048  # images: 8 GPUs x 256
     config.eval_batch_size = 2048
     config.train_epochs = 300.0
     config.cooldown_epochs = 10.0

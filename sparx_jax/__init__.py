@@ -12,7 +12,7 @@ __all__ = ["create_model", "list_models", "load_torch_weights"]
 
 
 def __getattr__(name):
-    # Imported when used: a process that only prepares pictures needs no network, and
+    # Imported when used: a process that only prepares images needs no network, and
     # starts in half the time.
     if name not in _HOME:
         raise AttributeError(f"module 'sparx_jax' has no attribute {name!r}")

@@ -181,16 +181,16 @@ def predict(step: dict, chip: Chip, count: int) -> dict[str, float]:
 
 
 def largest_batch(measure, chip: Chip, first: dict, batch: int, count: int) -> tuple:
-    """The most pictures per device of which a compiled step fits, and that step.
+    """The most images per device of which a compiled step fits, and that step.
 
     Memory is nearly linear in the batch: two compilations give the line, a third
     confirms the answer, and a smaller one is tried where it does not fit.  (0, None) if
     none fits.
 
     Args:
-      measure: pictures per device to `compile_step`.
+      measure: images per device to `compile_step`.
       chip: a device.
-      first: the step of `batch` pictures per device.
+      first: the step of `batch` images per device.
       batch: per device.
       count: of devices.
     """
@@ -252,7 +252,7 @@ def report(
         settings.model.remat = remat
         settings.batch_size = settings.eval_batch_size = per_device * count
         config = from_config_dict(settings)
-        print(f"compiling the {kind} step, {per_device} pictures a device, remat "
+        print(f"compiling the {kind} step, {per_device} images a device, remat "
               f"{remat} ...", file=sys.stderr, flush=True)  # fmt: skip
         step = compile_step(config, devices, kind)
         jax.clear_caches()  # a pod's program takes 17 GB of this machine
@@ -305,7 +305,7 @@ def table(rows: list[tuple[str, dict]], chip: Chip, count: int) -> list[str]:
         return f"{1e3 * total:.0f} ms, {rate:,.0f} images/s, bound by {bound}"
 
     lines = {
-        "pictures a device": lambda s: str(s["per_device"]),
+        "images a device": lambda s: str(s["per_device"]),
         "parameters": gib("parameters"),
         "average": gib("average"),
         "optimizer": gib("optimizer"),

@@ -1,4 +1,4 @@
-"""Pictures of a network's wiring and of a training run.
+"""Figures of a network's wiring and of a training run.
 
 Figures are plain objects (never pyplot, which is global state), their sizes are in
 inches and their files are written atomically and without a date.
@@ -45,7 +45,7 @@ class Arc(NamedTuple):
 
 
 class WrongAnswer(NamedTuple):
-    """A picture that the network took for something else."""
+    """A image that the network took for something else."""
 
     image: np.ndarray
     """uint8 (h, w, 3)."""
@@ -54,7 +54,7 @@ class WrongAnswer(NamedTuple):
     probability: float
     """Of the predicted class, in [0, 1]."""
     name: str
-    """Which picture it is, for instance its path (the last part is shown)."""
+    """Which image it is, for instance its path (the last part is shown)."""
 
 
 def wiring_arcs(config: ModelConfig) -> list[Arc]:
@@ -407,7 +407,7 @@ def _draw_wrong_answers(figure, wrong, top):
     heading = "The most confident of the wrong answers"
     write_line(figure, 0.4, top - 0.05, heading, size=11, weight="bold")
     if not wrong:
-        write_line(figure, 0.4, top + 0.2, "None among the pictures looked at.", size=9)
+        write_line(figure, 0.4, top + 0.2, "None among the images looked at.", size=9)
     pitch = (WIDTH - 0.7) / WRONG_COLUMNS
     for index, answer in enumerate(wrong):
         row, column = divmod(index, WRONG_COLUMNS)
@@ -470,7 +470,7 @@ def _add_axes(figure, left, top, width, height):
 
 
 def render(figure: Figure) -> Image.Image:
-    """The figure as an RGB picture."""
+    """The figure as an RGB image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -1,4 +1,4 @@
-"""The picture of an evaluation at several resolutions."""
+"""The figure of an evaluation at several resolutions."""
 
 import os
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) ->
 
     Args:
       curves: data set -> resolution in pixels -> top-1 in percent.
-      title: above the picture.
+      title: above the figure.
     """
-    note = "top-1, %, by the edge of the square pictures, pixels"
+    note = "top-1, %, by the edge of the square images, pixels"
     figure = new_figure(4.6, title, note)
     axes = panel(figure, 0.75, 0.95, WIDTH - 1.1, 3.2, "")
     for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):

@@ -1,4 +1,4 @@
-"""The picture of a sweep: a dot for each run, mean and deviation of each group."""
+"""The figure of a sweep: a dot for each run, mean and deviation of each group."""
 
 import os
 from collections.abc import Sequence

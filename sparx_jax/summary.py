@@ -6,12 +6,12 @@
 
 Nothing is computed or compiled: networks are traced with shapes in place of arrays.
 
-GMACs are for one picture, by the rule of the papers (VMamba's): the multiply-adds of
+GMACs are for one image, by the rule of the papers (VMamba's): the multiply-adds of
 all convolutions and matrix products, those of attention included, and 9 b l d n + b l d
 for a selective scan in each direction.  Norms and activations count nothing.
 
 Activation memory is what the forward pass of training keeps for the backward pass: the
-arrays that `jax.vjp` saves, each once, without parameters and pictures.  It is before
+arrays that `jax.vjp` saves, each once, without parameters and images.  It is before
 XLA, whose fusion and rematerialisation need less and whose temporary arrays more.
 """
 
@@ -35,7 +35,7 @@ from sparx_jax.errors import UserError
 from sparx_jax.models import ModelConfig, build, list_models, model_config
 
 RULE = """\
-GMACs: 10^9 multiply-adds for one picture in convolutions and matrix products, and
+GMACs: 10^9 multiply-adds for one image in convolutions and matrix products, and
 9 b l d n + b l d for each selective scan.  Activations: what the forward pass of
 training keeps for the backward pass, before XLA.  Published: ImageNet-1k, 224 x 224."""
 
@@ -81,7 +81,7 @@ def parameters(config: ModelConfig) -> int:
 
 @functools.cache
 def macs(config: ModelConfig, size: tuple[int, int]) -> int:
-    """Multiply-adds for one picture of `size` (rows, columns), by the rule above.
+    """Multiply-adds for one image of `size` (rows, columns), by the rule above.
 
     Raises UserError on a size that the network cannot read.
     """
@@ -96,7 +96,7 @@ def macs(config: ModelConfig, size: tuple[int, int]) -> int:
 
 @functools.cache
 def activation_bytes(config: ModelConfig, size: tuple[int, int], batch: int) -> int:
-    """Bytes saved for the backward pass of `batch` pictures of `size`.
+    """Bytes saved for the backward pass of `batch` images of `size`.
 
     The scan keeps what its hand-written gradient needs, which all its methods but
     `sequential` share.  Raises UserError on a size that the network cannot read.
@@ -194,8 +194,8 @@ def table(
 
     Raises UserError on a size that a network cannot read.
     """
-    pictures = f"{batch} x {size[0]} x {size[1]}"
-    head = ["model", "params M", "GMACs", "connections", f"activations, {pictures}"]
+    images = f"{batch} x {size[0]} x {size[1]}"
+    head = ["model", "params M", "GMACs", "connections", f"activations, {images}"]
     head += ["published M", "published GMACs", "published top-1 %"]
     rows = [head] + [_row(name, c, size, batch) for name, c in configs.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", metavar="PATTERN|setting=value", help=words)
     size = dict(type=_size, default=(224, 224), metavar="N|HxW")
     parser.add_argument("--image_size", help="pixels: 224, or 256x192", **size)
-    parser.add_argument("--batch", type=int, default=1, help="pictures, for memory")
+    parser.add_argument("--batch", type=int, default=1, help="images, for memory")
     parser.add_argument("--markdown", action="store_true", help="as in the README")
     parser.add_argument("--plot", metavar="FILE.png", help="draws the wiring")
     try:

@@ -75,7 +75,7 @@ class Result(NamedTuple):
     top1: float
     """After the last step, of the average if one is kept."""
     best_top1: float
-    """The highest of all evaluations; picked on the test pictures, so it flatters."""
+    """The highest of all evaluations; picked on the test images, so it flatters."""
     raw_top1: float | None
     """After the last step without the average; None if none is kept."""
     parameters: int
@@ -315,7 +315,7 @@ def write_results(
         f"# {folder.name}\n\n{table}\n\nTop-1 in percent after the last step, of the "
         "moving average of the weights where one is kept; raw: without it.  Mean ± "
         "standard deviation (n - 1) over n finished runs of those planned.  best: the "
-        "highest evaluation of each run; picked on the test pictures, so it flatters.  "
+        "highest evaluation of each run; picked on the test images, so it flatters.  "
         "s: seconds by goodput.json.\n"
     )
     with (folder / "results.csv").open("w", newline="") as file:

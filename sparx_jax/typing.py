@@ -2,7 +2,7 @@
 
 Axes: `b` batch, `h` rows, `w` columns, `c` channels, `l` tokens (`h * w`), `d` inner
 channels of a mixer, `n` states of the recurrence, `r` rank of the step-size
-projection, `k` scan directions, `g` attention groups.  Pictures and feature maps are
+projection, `k` scan directions, `g` attention groups.  Images and feature maps are
 NHWC (`b h w c`), token sequences `b l c`.
 
 Only `ops/scan.py` and `layers/ss2d.py` use the letters of the state-space papers:

@@ -98,7 +98,7 @@ def test_training_never_imports_tensorflow():
 
 
 @pytest.mark.slow
-def test_too_many_bad_pictures_end_training_with_65_and_five_names(tmp_path):
+def test_too_many_bad_images_end_training_with_65_and_five_names(tmp_path):
     for split, name, count in (("train", "a", 9), ("train", "b", 9), ("test", "a", 1)):
         folder = tmp_path / "data" / split / name
         folder.mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_too_many_bad_pictures_end_training_with_65_and_five_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_pictures_trains_and_evaluates(tmp_path):
+def test_a_folder_of_images_trains_and_evaluates(tmp_path):
     """Two colours, in files, from the two commands of the README."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 9)):

@@ -69,7 +69,7 @@ def test_an_epoch_from_archives_over_a_kill_and_the_tables_from_folders(data, tm
     killed = trainers()
     killed.wait_for("step 5/10")
     killed.kill()
-    assert "1,000 pictures of 1000 classes" in killed.log()
+    assert "1,000 images of 1000 classes" in killed.log()
     resumed = trainers()
     assert resumed.wait() == [0, 0], resumed.log()
     # The save after step 4 had ended, or that after step 2.

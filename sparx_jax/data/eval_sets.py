@@ -8,7 +8,7 @@
     a      ImageNet-A              imagenet-a    imagenet_a
     r      ImageNet-R              imagenet-r    imagenet_r
 
-A and R have pictures of 200 of the 1,000 classes, and the network chooses among those
+A and R have images of 200 of the 1,000 classes, and the network chooses among those
 200 alone, as their authors do.  Sources: Beyer et al., arXiv:2006.07159; Recht et al.,
 arXiv:1902.10811; Hendrycks et al., arXiv:1907.07174 and arXiv:2006.16241.
 """
@@ -41,7 +41,7 @@ class EvalSet(NamedTuple):
     classes: np.ndarray | None = None
     """Those that the network may choose from, ascending; None: all."""
     answers: list[list[int]] | None = None
-    """ReaL: the right labels of each picture, maybe none; None: the source's own."""
+    """ReaL: the right labels of each image, maybe none; None: the source's own."""
 
 
 def open_eval_set(name: str, data: Any, val: Source) -> EvalSet:
@@ -86,7 +86,7 @@ def _open(name, root):
 
 @dataclass
 class _Renumbered:
-    """The pictures of `source`, labels being positions in `class_names`."""
+    """The images of `source`, labels being positions in `class_names`."""
 
     source: Any
     class_names: tuple[str, ...]
@@ -139,11 +139,11 @@ def _real_labels(root, val):
         number = int(match[1]) if match else 0
         if not 1 <= number <= len(labels):
             raise UserError(
-                f"{val.name(index)} has no entry in {path}, which is of the pictures "
+                f"{val.name(index)} has no entry in {path}, which is of the images "
                 f"ILSVRC2012_val_00000001.JPEG to {len(labels):08}: evaluate 'real' on "
                 "ImageNet's validation split under its official file names."
             )
         answers.append(labels[number - 1])
     if not any(answers):
-        raise UserError(f"{path} has no label for any of the {len(val)} pictures.")
+        raise UserError(f"{path} has no label for any of the {len(val)} images.")
     return answers

@@ -56,7 +56,7 @@ def fast_train_transform(data: Any) -> tuple[Callable, Callable]:
       UserError: OpenCV or simplejpeg is not installed, or a setting is wrong.
     """
     cv2, _ = _imports()
-    cv2.setNumThreads(0)  # each picture has a thread or process already
+    cv2.setNumThreads(0)  # each image has a thread or process already
     if data.crop != "resized":
         raise UserError("data.decode='fast' needs data.crop='resized'.")
     size = data.image_size

@@ -1,7 +1,7 @@
 """Batches for training and evaluation, read ahead by Grain threads or processes.
 
 What cannot be read never stops or shifts the batches: such an example is a plain
-picture of weight 0, its name goes to the log, and only where too many of the split are
+image of weight 0, its name goes to the log, and only where too many of the split are
 bad does the run stop.  A worker process that dies is replaced at the same batch.
 """
 
@@ -228,7 +228,7 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[Batch]:
                 raise BadDataError(
                     "A data worker died twice at the same batch (exit code "
                     f"{exit_code}): if memory is short, lower data.workers; if a "
-                    "picture crashes the decoder, set data.workers=0 to see where."
+                    "image crashes the decoder, set data.workers=0 to see where."
                 ) from error
             died_at = position
             logging.error("a data worker died (exit code %s): restarting", exit_code)

@@ -71,7 +71,7 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
                 f"--archives={archives}."
             ) from error
     counts = (f"{s.num_examples:,} {n}" for n, s in builder.info.splits.items())
-    return f"{name}: {', '.join(counts)} pictures in {folder}"
+    return f"{name}: {', '.join(counts)} images in {folder}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""RandAugment: a few operations drawn at random for each picture, by timm's laws.
+"""RandAugment: a few operations drawn at random for each image, by timm's laws.
 
 Cubuk et al., "RandAugment", arXiv:1909.13719. Which operations there are, how a level
 becomes an argument, and the form of the specification are those of timm 1.0.31's
@@ -182,7 +182,7 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class RandAugment:
-    """The law from which the operations of a picture are drawn; see `parse`."""
+    """The law from which the operations of an image are drawn; see `parse`."""
 
     level: int = 10
     count: int = 2
@@ -192,7 +192,7 @@ class RandAugment:
     weighted: bool = False
 
     def draw(self, rng: np.random.Generator, resamplings: tuple) -> list[Draw]:
-        """The operations for one picture, in their order.
+        """The operations for one image, in their order.
 
         Args:
           rng: of all randomness.
@@ -222,7 +222,7 @@ def parse(spec: str) -> RandAugment:
     """Reads timm's specification, such as "rand-m9-mstd0.5-inc1".
 
     After "rand" come, in any order, `m` level (whole, 10 if absent), `n` operations a
-    picture (2), `p` probability that a chosen one is applied (0.5), `mstd` deviation of
+    image (2), `p` probability that a chosen one is applied (0.5), `mstd` deviation of
     the level (0; above 100 the level is uniform from 0 to m), `mmax` greatest level
     (10), `tweights` for the weighted choice, and `inc1`, which must be there: only the
     operations that grow with the level are made.

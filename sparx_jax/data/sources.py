@@ -166,7 +166,7 @@ def _class_folders(root: str, split: str) -> list[str]:
 
 
 def _image_files(path: str) -> list[str]:
-    # A link to nowhere is a picture that cannot be read, and counts as one.
+    # A link to nowhere is an image that cannot be read, and counts as one.
     names = [entry.name for entry in _entries(path) if not entry.is_dir()]
     files = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:

@@ -17,7 +17,7 @@ class TfdsSource:
 
     Those of imagenet2012 and its evaluation sets number the 1,000 WordNet ids in
     alphabetical order, as a folder of them does and published checkpoints expect.
-    Pictures stay encoded.  A record is read in 0.1 ms, half of what TFDS's own data
+    Images stay encoded.  A record is read in 0.1 ms, half of what TFDS's own data
     source takes; reading many at once takes more, not less (ArrayRecord starts threads
     for each call).
 

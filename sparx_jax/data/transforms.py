@@ -174,7 +174,7 @@ def random_square(
 def resize_shorter_edge(image: Image.Image, edge: int) -> Image.Image:
     """Resizes, bicubic, to `edge` pixels; the longer edge is rounded down.
 
-    Raises ValueError where a picture is so narrow that the result would fill memory.
+    Raises ValueError where an image is so narrow that the result would fill memory.
     """
     short = min(image.size)
     if short == edge:

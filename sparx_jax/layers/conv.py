@@ -20,7 +20,7 @@ def conv3x3(
 ) -> nnx.Conv:
     """3 x 3 convolution, one pixel of padding on every side.
 
-    XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the picture.
+    XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the image.
     """
     return nnx.Conv(
         dim,

@@ -17,7 +17,7 @@ ConvNorm = Literal["batch", "layer"]
 
 
 class Stem(nnx.Module):
-    """Picture to the first stage's map at a quarter of its size.
+    """Image to the first stage's map at a quarter of its size.
 
     3 x 3 convolutions of stride 2 first and last; `num_convs - 2` of stride 1 between.
     """
@@ -69,7 +69,7 @@ class Downsample(nnx.Module):
 
 
 class PatchStem(nnx.Module):
-    """Picture to patches of 4 x 4 pixels, projected and normalised.
+    """Image to patches of 4 x 4 pixels, projected and normalised.
 
     Source: Liu et al., "Swin Transformer", arXiv:2103.14030.
     """

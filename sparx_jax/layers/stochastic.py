@@ -7,7 +7,7 @@ from sparx_jax.typing import Array, Float
 
 
 class DropPath(nnx.Module):
-    """Zeroes a residual branch per picture, at `rate`, and scales the others up.
+    """Zeroes a residual branch per image, at `rate`, and scales the others up.
 
     Does nothing in evaluation mode.  Source: Huang et al., arXiv:1603.09382.
     """

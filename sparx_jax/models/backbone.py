@@ -23,12 +23,12 @@ from sparx_jax.models.wiring import STAGE_INPUT
 from sparx_jax.typing import Array, Float, Key
 
 FEATURE_STRIDES = (4, 8, 16, 32)
-"""Pixels of the picture per pixel of each stage's map; where it does not divide the
-picture, the map is one larger."""
+"""Pixels of the image per pixel of each stage's map; where it does not divide the
+image, the map is one larger."""
 
 TOTAL_STRIDE = FEATURE_STRIDES[-1]
-"""Pixels of the picture per pixel of the last map; also the least height and width: the
-last map of a smaller picture would show mostly padding."""
+"""Pixels of the image per pixel of the last map; also the least height and width: the
+last map of a smaller image would show mostly padding."""
 
 CONV_NORMS = {"conv_batch_norm": "batch", "conv_layer_norm": "layer"}
 

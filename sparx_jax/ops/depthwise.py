@@ -119,10 +119,10 @@ def _grouped_conv_vjp(x, kernel, grad, **settings):
     return jax.vjp(partial(_grouped_conv, **settings), x, kernel, bias)[1](grad)
 
 
-# XLA:CPU would compute padding anew for every shift: a padded picture is memory that
-# the loop over the pictures carries.
+# XLA:CPU would compute padding anew for every shift: a padded image is memory that
+# the loop over the images carries.
 def _pad(x, index, padded):
-    """Picture `index` into the middle of `padded`, whose border stays zero."""
+    """Image `index` into the middle of `padded`, whose border stays zero."""
     pad = (len(padded) - x.shape[1]) // 2
     image = lax.dynamic_index_in_dim(
         x, index, keepdims=False, allow_negative_indices=False
@@ -170,9 +170,9 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
         total = total[..., :c]
         return padded, _write(y, total if bias is None else total + bias, index)
 
-    # A loop over the pictures, because what leaves a loop is in memory: XLA would copy
+    # A loop over the images, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
-    # Where they have one shape, the results take the places of the pictures.
+    # Where they have one shape, the results take the places of the images.
     shape = b, (h - 1) // stride + 1, (w - 1) // stride + 1, c
     y = x if stride == 1 else jnp.zeros(shape, x.dtype)
     return lax.fori_loop(0, b, one, (_padded(x, kernel), y))[1]

@@ -18,7 +18,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     by erfc, which is right to the last digits of values near zero (here the error is
     some 1e-7 of |x|), but which XLA computes in two ways and selects: an MLP of
     SparX-Mamba-T takes 3.4 to 4.8 times the cycles of this forward and 1.6 to 1.8 times
-    for the gradient (TPU v5e, 128 pictures, libtpu 0.0.52).
+    for the gradient (TPU v5e, 128 images, libtpu 0.0.52).
     """
     wide = _widen(x)
     return (wide * _share(wide)).astype(x.dtype)

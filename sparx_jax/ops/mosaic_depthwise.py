@@ -1,6 +1,6 @@
 """Depthwise convolution as TPU kernels, by Pallas and Mosaic.
 
-One program has the map of 8 pictures and 128 channels in VMEM, a vector register a
+One program has the map of 8 images and 128 channels in VMEM, a vector register a
 pixel as in `mosaic_tpu`, and copies it in float32 with a border of zeros.  The filter
 and the sums of some pixels of a row stay in registers.  The gradient of the input is
 the same with the filter mirrored; that of the filter has its k * k sums in registers.
@@ -97,7 +97,7 @@ def _params(vmem):
 
 
 def _pixels_first(x):
-    """Whole registers of pictures; XLA keeps most maps of a network in this layout."""
+    """Whole registers of images; XLA keeps most maps of a network in this layout."""
     x = jnp.pad(x, ((0, -len(x) % SUBLANES), *[(0, 0)] * 3))
     return x.transpose(1, 2, 0, 3)
 
@@ -127,7 +127,7 @@ def _weights(kernel, residual):
 
 
 def _registers(rows):
-    """Each row for all pictures of a register."""
+    """Each row for all images of a register."""
     shape = (len(rows), SUBLANES, rows.shape[-1])
     return jnp.broadcast_to(rows.astype(jnp.float32)[:, None], shape)
 

@@ -1,6 +1,6 @@
 """The four selective scans of a map as TPU kernels, by Pallas and Mosaic.
 
-One program has the map of 8 pictures and 128 channels in VMEM, a vector register a
+One program has the map of 8 images and 128 channels in VMEM, a vector register a
 pixel, and walks over it four times: rows and columns are loop orders, backwards is an
 index.  These walks go side by side, since each waits for itself.  Step sizes, B and C
 are made where they are used, by one product of the matrix unit for some pixels: its
@@ -29,7 +29,7 @@ from sparx_jax.ops.batch import by_platform, shard_batch, target_kind
 from sparx_jax.ops.scan import softplus_and_sigmoid
 from sparx_jax.typing import Array, Float
 
-# Of a vector register: pictures in sublanes, channels in lanes.
+# Of a vector register: images in sublanes, channels in lanes.
 SUBLANES, LANES = 8, 128
 # MiB of a core by JAX's name of the device; source: jax's Pallas, tpu_info.py.
 VMEM = {
@@ -181,7 +181,7 @@ def four_scans(
     w = w.reshape(4, -1, dim).astype(x.dtype)
 
     def part(x, p, *weights):
-        # Whole registers of pictures; XLA makes arrays in this layout, it copies none.
+        # Whole registers of images; XLA makes arrays in this layout, it copies none.
         missing = (0, -len(x) % SUBLANES)
         whole = [jnp.pad(t, (missing, *[(0, 0)] * 3)) if missing[1] else t
                  for t in (x, p)]  # fmt: skip
@@ -350,7 +350,7 @@ class _Walker:
         return [(*i, slice(None), pl.ds(start, near)) for i in at]
 
     def read(self, ref, at):
-        """Pixels of a block in float32, pixels and pictures as one axis."""
+        """Pixels of a block in float32, pixels and images as one axis."""
         return jnp.concatenate([ref[i].astype(jnp.float32) for i in at])
 
     def read_map(self, ref, at):
@@ -362,7 +362,7 @@ class _Walker:
         return jnp.where(lane < self._channels, part, 0.0)
 
     def operands(self, k, at):
-        """All that the steps of a piece need: pixels * pictures, 128 channels each."""
+        """All that the steps of a piece need: pixels * images, 128 channels each."""
         w, bias, a = self._weights
         u, p = self.read_map(self._x, at), self.read(self._p, self.numbers(k, at))
         mixed = self.dot(p, w[k], ((1,), (0,)))
@@ -514,7 +514,7 @@ def _backward_kernel(walks, first, x, p, w, bias, a, d, starts, grad, *refs):
 
 
 def _call(kernel, call, interpret, operands, given=(), before=()):
-    """Runs a kernel for every 8 pictures, strip, and 128 channels.
+    """Runs a kernel for every 8 images, strip, and 128 channels.
 
     Args:
       kernel: of its walks, the operands, given, before, results, and scratch.

@@ -30,7 +30,7 @@ def group_norm(
     *,
     eps: float,
 ) -> Float[Array, "b h w c"]:
-    """GroupNorm with one group: each picture's whole map has mean 0 and variance 1."""
+    """GroupNorm with one group: each image's whole map has mean 0 and variance 1."""
     return _normalize(x, scale, bias, (1, 2, 3), eps)[0]
 
 

@@ -1,6 +1,6 @@
 """Selective scan: the recurrence of a state-space model with input-dependent steps.
 
-For every picture, inner channel and state, walking over the tokens t of one direction:
+For every image, inner channel and state, walking over the tokens t of one direction:
 
     delta_t = softplus(dt_t)
     h_t     = exp(delta_t * a) * h_(t-1) + delta_t * x_t * b_t,      h_(-1) = 0

@@ -1,6 +1,6 @@
 """Depthwise convolution as GPU kernels, by Pallas and Triton.
 
-A program walks down some columns of one picture, for some channels.  Each row of the
+A program walks down some columns of one image, for some channels.  Each row of the
 input is read once for every column of the filter and added to the k rows of the output
 that it belongs to, whose sums stay in registers, as the filter does.  The filter's
 gradient walks likewise, with the last k rows of the output's gradient in registers.
@@ -71,7 +71,7 @@ def depthwise_vjp(
 
 
 def _grid(x):
-    """Channels of a program; programs by columns, channels and pictures."""
+    """Channels of a program; programs by columns, channels and images."""
     batch, _, width, channels = x.shape
     # A power of two, and one that divides the channels if that is half a line of cache.
     block = min(CHANNELS, channels & -channels)
@@ -84,11 +84,11 @@ def _params(block):
 
 
 class _Tile:
-    """Some columns and channels of a picture; reads rows of it, zero outside."""
+    """Some columns and channels of an image; reads rows of it, zero outside."""
 
     def __init__(self, shape, block, interpret):
         _, self._height, self._width, channels = shape
-        part, group, self.picture = map(pl.program_id, range(3))
+        part, group, self.image = map(pl.program_id, range(3))
         self.shape, self._interpret = (COLUMNS, block), interpret
         self._columns = part * COLUMNS + jnp.arange(COLUMNS)[:, None]
         self._channels = group * block + jnp.arange(block)[None]
@@ -100,7 +100,7 @@ class _Tile:
         columns = self._columns + shift
         exist = (columns >= 0) & (columns < self._width)
         exist &= (row >= 0) & (row < self._height) & self._exist
-        return (self.picture, row, columns, self._channels), exist
+        return (self.image, row, columns, self._channels), exist
 
     def read(self, ref, row, shift=0):
         at, exist = self._at(row, shift)
@@ -174,6 +174,6 @@ def _filter_gradient(x, grad, sums, *, k, block, interpret):
     before = [tile.read(grad, jnp.int32(row)) for row in reversed(range(pad))]
     start = (*before, *tile.zeros(k - 1 - pad)), tile.zeros(k * k), *tile.zeros(1)
     _, totals, total = lax.fori_loop(0, x.shape[1], add_row, start)
-    at = pl.program_id(0) + pl.num_programs(0) * tile.picture
+    at = pl.program_id(0) + pl.num_programs(0) * tile.image
     for i, value in enumerate([*totals, total]):
         tile.write_sum(sums, at, i, value)

@@ -2,7 +2,7 @@
 
 These are by Pallas and Triton; where it can, `cuda.py` does the forward scans.
 
-A program walks one direction over some channels of one picture, the state in registers:
+A program walks one direction over some channels of one image, the state in registers:
 a pixel's channels lie side by side in memory, so rows and columns, forwards and
 backwards, are read equally well and no copy of the map is made.  Step sizes are made
 from the r inputs of a pixel where they are used.  The directions run side by side and
@@ -91,13 +91,13 @@ def _on_gpu_or_interpreted(call, *args):
 
 
 class _Walk:
-    """One of the four directions over some channels of a picture."""
+    """One of the four directions over some channels of an image."""
 
     def __init__(self, plan, x, p, w, bias, a, *, width, steps, block, interpret):
         self.block, self._interpret = block, interpret
         self._plan, self._width = plan, width
         self.chunks, self.steps = plan.shape[1], steps
-        self.direction, self.part, self.picture = map(pl.program_id, range(3))
+        self.direction, self.part, self.image = map(pl.program_id, range(3))
         dim, (_, self.r, _), (_, self.n, _) = x.shape[-1], w.shape, a.shape
         self.channels = pl.ds(self.part * block, block)
         inside = self.part * block + jnp.arange(block) < dim
@@ -133,7 +133,7 @@ class _Walk:
     def load(self, pixel):
         """What a step reads: the channels and the direction's numbers of a pixel."""
         e = self.r + 2 * self.n
-        at = self.picture, pixel
+        at = self.image, pixel
         numbers = [
             plt.load(self._p.at[*at, self.direction * e + i]).astype(jnp.float32)
             for i in range(e)
@@ -204,12 +204,12 @@ def _indices(at):
 
 def _forward_kernel(plan, x, p, w, bias, a, y, *states, **options):
     walk = _Walk(plan, x, p, w, bias, a, **options)
-    k, picture = walk.direction, walk.picture
+    k, image = walk.direction, walk.image
 
     def walk_chunk(chunk, h):
         for ref in states:
             for n, h_n in enumerate(h):
-                walk.write(ref, h_n, k, picture, chunk, n)
+                walk.write(ref, h_n, k, image, chunk, n)
         pixels, outs = walk.pixels(chunk), []
         # All reads first, all writes last: neither is moved past the other.  (To read
         # a chunk ahead took 1.4 times as long on an H100.)
@@ -221,7 +221,7 @@ def _forward_kernel(plan, x, p, w, bias, a, y, *states, **options):
                 out = walk.fma(c_n, h_n, out)
             outs.append(out)
         for pixel, out in zip(pixels, outs, strict=True):
-            walk.write(y, out, k, picture, pixel)
+            walk.write(y, out, k, image, pixel)
         return h
 
     lax.fori_loop(0, walk.chunks, walk_chunk, walk.zeros(walk.n))
@@ -231,14 +231,14 @@ def _backward_kernel(
     plan, x, p, w, bias, a, grad, states, grad_x, grad_z, grad_bc, sums, **options
 ):
     walk = _Walk(plan, x, p, w, bias, a, **options)
-    k, picture, every = walk.direction, walk.picture, range(walk.n)
+    k, image, every = walk.direction, walk.image, range(walk.n)
 
     def walk_chunk(index, carry):
         grad_h, total_a, total_z, total_d = list(carry[0]), list(carry[1]), *carry[2:]
         chunk = walk.chunks - 1 - index
         pixels = walk.pixels(chunk)
-        reads = [(*walk.load(i), walk.read(grad, picture, i)) for i in pixels]
-        h = [walk.read(states, k, picture, chunk, n) for n in every]
+        reads = [(*walk.load(i), walk.read(grad, image, i)) for i in pixels]
+        h = [walk.read(states, k, image, chunk, n) for n in every]
         steps = []
         for u, numbers, g in reads:
             delta, sigmoid, decay, drive, b, c = walk.operands(u, numbers)
@@ -255,7 +255,7 @@ def _backward_kernel(
                 grad_delta = walk.fma(grad_log, walk.a[n], grad_delta)
                 grad_rate = walk.fma(grad_h[n], b[n], grad_rate)
                 total_a[n] = walk.fma(grad_log, delta, total_a[n])
-                at = walk.part, k, picture, pixel
+                at = walk.part, k, image, pixel
                 plt.store(
                     grad_bc.at[*_indices((*at, n))], (grad_h[n] * delta * u).sum()
                 )
@@ -263,22 +263,22 @@ def _backward_kernel(
                 grad_h[n] *= decay[n]
             # Of a, which is scaled, the logarithm of two is still missing.
             grad_delta = walk.fma(grad_rate, u, grad_delta * _LN_2)
-            walk.write(grad_x, grad_rate * delta, k, picture, pixel)
+            walk.write(grad_x, grad_rate * delta, k, image, pixel)
             grad_delta *= sigmoid
             total_z += grad_delta
             total_d = walk.fma(g, u, total_d)
-            walk.write(grad_z, grad_delta, k, picture, pixel)
+            walk.write(grad_z, grad_delta, k, image, pixel)
         return tuple(grad_h), tuple(total_a), total_z, total_d
 
     zeros = walk.zeros(walk.n)
     carry = zeros, zeros, *walk.zeros(2)
     _, total_a, *others = lax.fori_loop(0, walk.chunks, walk_chunk, carry)
     for i, total in enumerate([*total_a, *others]):
-        walk.write(sums, total, picture, k, i)
+        walk.write(sums, total, image, k, i)
 
 
 def _call(kernel, x, p, w, bias, a, *more, steps, outputs, interpret):
-    """Runs `kernel` for every direction, some channels, and every picture.
+    """Runs `kernel` for every direction, some channels, and every image.
 
     Args:
       steps: pixels of a chunk.

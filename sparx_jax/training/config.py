@@ -22,7 +22,7 @@ _FREE_SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures, and how they are cut and normalised."""
+    """Which images, and how they are cut and normalised."""
 
     name: Literal["digits", "folder", "tfds"] = "folder"
     root: str = ""
@@ -33,24 +33,24 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "test"
     decode: Literal["exact", "fast"] = "exact"
-    """Training pictures equal to timm's in every pixel, or nearly so by OpenCV."""
+    """Training images equal to timm's in every pixel, or nearly so by OpenCV."""
     image_size: int = 224
     """Pixels of the square that the network sees."""
     crop: Literal["resized", "padded"] = "resized"
-    """Training crop: a stretched random part, or a square of the padded picture."""
+    """Training crop: a stretched random part, or a square of the padded image."""
     scale: tuple[float, ...] = (0.08, 1.0)
-    """For `resized`: least and greatest share of the picture's area."""
+    """For `resized`: least and greatest share of the image's area."""
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """For `resized` and `rand_augment`; random: bilinear or bicubic, drawn each time.
     Evaluation is always bicubic."""
     crop_padding: int = 4
-    """For `padded`: black pixels around the picture."""
+    """For `padded`: black pixels around the image."""
     crop_ratio: float = 0.9
     """For `resized`: image_size over the shorter edge in evaluation, in (0, 1]."""
     flip: bool = True
-    """Mirrors half of the training pictures."""
+    """Mirrors half of the training images."""
     rand_augment: str = ""
-    """Operations drawn for each training picture, in timm's form, such as
+    """Operations drawn for each training image, in timm's form, such as
     "rand-m9-mstd0.5-inc1"; see `data.rand_augment.parse`."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, from 0 to 1, that normalisation removes (ImageNet's)."""
@@ -90,15 +90,15 @@ class MixingConfig:
     """What is done to training batches on the device; see `training/mixing.py`."""
 
     mixup: float = 0.0
-    """Both parameters of the beta law of a picture's share in a mixture; 0: off."""
+    """Both parameters of the beta law of an image's share in a mixture; 0: off."""
     cutmix: float = 0.0
-    """The same of a picture's share around the box that its partner fills; 0: off."""
+    """The same of an image's share around the box that its partner fills; 0: off."""
     probability: float = 1.0
     """That a batch is mixed, from 0 to 1."""
     switch: float = 0.5
     """Where both are on: that a batch gets cutmix rather than mixup, from 0 to 1."""
     erasing: float = 0.0
-    """Probability that a box of a picture becomes noise; 0: off."""
+    """Probability that a box of an image becomes noise; 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Config:
     cooldown_epochs: float = 0.0
     """After them, at `optimizer.min_lr`."""
     batch_size: int = 1024
-    """Pictures per step over all devices."""
+    """Images per step over all devices."""
     eval_batch_size: int = 1024
     label_smoothing: float = 0.1
     use_ema: bool = True
@@ -210,7 +210,7 @@ class Config:
             "config.data.image_size",
             data.image_size,
             data.image_size >= least,
-            f"at least {least}, the smallest picture that the network can reduce",
+            f"at least {least}, the smallest image that the network can reduce",
         )
         for name in ("crop_padding", "workers"):
             value = getattr(data, name)
@@ -228,7 +228,7 @@ class Config:
         ok = len(data.std) == 3 and min(data.std) > 0
         require("config.data.std", data.std, ok, "three positive numbers")
         ok = self.model.in_channels == 3
-        require("config.model.in_channels", self.model.in_channels, ok, "3 (pictures)")
+        require("config.model.in_channels", self.model.in_channels, ok, "3 (images)")
         ok = not self.model.stage_norms
         require("config.model.stage_norms", True, ok, "False: it has no classifier")
 

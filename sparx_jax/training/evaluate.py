@@ -35,7 +35,7 @@ from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.state import Weights
 from sparx_jax.training.step import compile_eval_step
 
-# How pictures are prepared: a network sees others than it was trained for.
+# How images are prepared: a network sees others than it was trained for.
 _PICTURES = tuple(
     f"data.{name}" for name in ("image_size", "crop", "crop_ratio", "mean", "std")
 )
@@ -120,7 +120,7 @@ def evaluate_checkpoint(
       step: "best", "latest" or a number.
       weights: "raw", "ema", or "auto" for the average if it was saved.
       datasets: of `data.eval_sets`, in the order of the rows of the table.
-      resolutions: pixels of the square pictures; none: that of the config.  Each
+      resolutions: pixels of the square images; none: that of the config.  Each
         compiles anew; the crop ratio stays, and memory may ask for a smaller
         `eval_batch_size`.
 
@@ -150,7 +150,7 @@ def evaluate_checkpoint(
         if key in _PICTURES
     ]
     if differing:
-        say(f"pictures are prepared otherwise than in training: {'; '.join(differing)}")
+        say(f"images are prepared otherwise than in training: {'; '.join(differing)}")
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
     sets = {name: open_eval_set(name, config.data, source) for name in datasets}
@@ -198,7 +198,7 @@ def evaluate_sets(
 ) -> tuple[list[Result], Evaluation | None]:
     """A result for each set, and the evaluation of the evaluation split, if any.
 
-    Sets that differ only in what is right share one pass over the pictures.
+    Sets that differ only in what is right share one pass over the images.
     """
     results, passes = [], {}
     for name, (source, classes, answers) in sets.items():
@@ -230,7 +230,7 @@ def restrict(weights: Weights, classes: np.ndarray) -> Weights:
 
 
 def _by_answers(row, evaluation, answers):
-    """ReaL: right is any of several labels; pictures without one count for nothing."""
+    """ReaL: right is any of several labels; images without one count for nothing."""
     right = [
         predicted in labels
         for predicted, label, labels in zip(
@@ -264,7 +264,7 @@ def write_report(
             wrong=wrong_answers(evaluation, source, config.data),
             model=config.model,
             title=f"{title}: {evaluation.top1:.2f} % of {evaluation.examples:,} "
-            "pictures right",
+            "images right",
         )
     return path
 
@@ -272,7 +272,7 @@ def write_report(
 def wrong_answers(
     evaluation: Evaluation, source: Source, data: Any, limit: int = 16
 ) -> list:
-    """The most confident mistakes, as pictures for a report."""
+    """The most confident mistakes, as images for a report."""
     from sparx_jax.plots import WrongAnswer
 
     transform, names = eval_transform(data), source.class_names

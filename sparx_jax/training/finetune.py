@@ -1,4 +1,4 @@
-"""Weights of another run or file as the start of a run on other pictures."""
+"""Weights of another run or file as the start of a run on other images."""
 
 from collections.abc import Sequence
 from pathlib import Path

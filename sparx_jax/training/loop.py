@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and a picture at the end."""
+"""The training loop: steps, evaluations, checkpoints, and a figure at the end."""
 
 import time
 from typing import NamedTuple
@@ -111,7 +111,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     lost = goodput.start(start)
     say(
         f"{config.model_name}, {num_params:,} parameters, {len(train_source):,} "
-        f"pictures of {len(train_source.class_names)} classes, {mesh.size} "
+        f"images of {len(train_source.class_names)} classes, {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s), {lengths.total_steps:,} steps"
         + (f"; going on after step {start:,}" if start else "")
         + (f"; {lost}" if lost else "")

@@ -14,9 +14,9 @@ from sparx_jax.typing import Array, Float, Int, Key, UInt8
 
 # What is folded into the step's key; the network's drop path folds in 0.
 MIX_KEY, ERASE_KEY = 2**20, 2**20 + 1
-ERASED_SHARE = (0.02, 1 / 3)  # of the picture's area
+ERASED_SHARE = (0.02, 1 / 3)  # of the image's area
 ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
-ATTEMPTS = 10  # boxes that are tried before a picture is left as it is
+ATTEMPTS = 10  # boxes that are tried before an image is left as it is
 
 
 def mix(
@@ -25,9 +25,9 @@ def mix(
     targets: Float[Array, "b k"],
     config: MixingConfig,
 ) -> tuple[UInt8[Array, "b h w c"], Float[Array, "b k"]]:
-    """Mixes the batch with itself backwards, one draw for all pictures.
+    """Mixes the batch with itself backwards, one draw for all images.
 
-    Grey levels are mixed and rounded before the pictures are normalised, as timm's
+    Grey levels are mixed and rounded before the images are normalised, as timm's
     trainer does it.
 
     Args:
@@ -64,7 +64,7 @@ def paste(images: UInt8[Array, "b h w c"], inside: Array) -> UInt8[Array, "b h w
 def draw_mix(
     key: Key[Array, ""], config: MixingConfig
 ) -> tuple[Float[Array, ""], Array, Key[Array, ""]]:
-    """Share of the first picture, whether by a box, and a key for the box."""
+    """Share of the first image, whether by a box, and a key for the box."""
     on_key, kind_key, share_key, box_key = jax.random.split(key, 4)
     if config.mixup and config.cutmix:
         use_cutmix = jax.random.bernoulli(kind_key, config.switch)
@@ -93,12 +93,12 @@ def cutmix_box(
 def erase(
     key: Key[Array, ""], images: Float[Array, "b h w c"], probability: float
 ) -> Float[Array, "b h w c"]:
-    """A box of some pictures becomes standard normal noise, each pixel its own.
+    """A box of some images becomes standard normal noise, each pixel its own.
 
     Args:
       key: of the step.
       images: normalised.
-      probability: that a picture gets a box; at 0 the batch returns as it is.
+      probability: that an image gets a box; at 0 the batch returns as it is.
     """
     if not probability:
         return images
@@ -113,7 +113,7 @@ def erase(
 def erased_boxes(
     key: Key[Array, ""], count: int, height: int, width: int, probability: float
 ) -> Int[Array, "b 4"]:
-    """For each picture a box as in `cutmix_box`, empty if nothing is erased."""
+    """For each image a box as in `cutmix_box`, empty if nothing is erased."""
     on_key, area_key, ratio_key, place_key = jax.random.split(key, 4)
     shape, size = (count, ATTEMPTS), jnp.array([height, width])
     low, high = ERASED_SHARE

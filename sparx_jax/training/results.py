@@ -14,7 +14,7 @@ class Result(NamedTuple):
     dataset: str
     """See `data.eval_sets`."""
     resolution: int
-    """Pixels of the square pictures."""
+    """Pixels of the square images."""
     loss: float | None
     """Nats; None where several labels are right."""
     top1: float
@@ -31,7 +31,7 @@ def table(results: Sequence[Result]) -> str:
     top1 = {(r.dataset, r.resolution): f"{r.top1:.2f}" for r in results}
     examples = {r.dataset: f"{r.examples:,}" for r in results}
     rows = [
-        ["top-1 %", "pictures", *(f"{size} px" for size in resolutions)],
+        ["top-1 %", "images", *(f"{size} px" for size in resolutions)],
         ["---", *["---:"] * (1 + len(resolutions))],
         *(
             [name, count, *(top1[name, size] for size in resolutions)]
@@ -44,12 +44,12 @@ def table(results: Sequence[Result]) -> str:
 def write_results(
     workdir: str, title: str, results: Sequence[Result], summary: dict[str, Any]
 ) -> None:
-    """Writes `results.md`, `results.json` and, of several resolutions, a picture."""
+    """Writes `results.md`, `results.json` and, of several resolutions, a figure."""
     folder = Path(workdir)
     replace_text(folder / "results.md", f"{title}:\n\n{table(results)}\n")
     replace_text(folder / "results.json", json.dumps(summary, indent=2) + "\n")
-    picture = folder / "results.png"
-    picture.unlink(missing_ok=True)  # that of another evaluation
+    figure = folder / "results.png"
+    figure.unlink(missing_ok=True)  # that of another evaluation
     if len({result.resolution for result in results}) > 1:
         from sparx_jax import plots_results  # matplotlib takes a second
 
@@ -57,4 +57,4 @@ def write_results(
         for result in results:
             curve = curves.setdefault(result.dataset, {})
             curve[result.resolution] = result.top1
-        plots_results.write_resolutions(picture, curves, title)
+        plots_results.write_resolutions(figure, curves, title)

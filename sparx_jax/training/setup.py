@@ -1,4 +1,4 @@
-"""From a config to what a run works with: settings, pictures, devices."""
+"""From a config to what a run works with: settings, images, devices."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def prepare(settings: ConfigDict) -> Setup:
     if num_classes < 2:
         raise UserError(
             f"{train_source.class_names[0]!r} is the only class of the training "
-            "pictures: give at least two, each in a folder of its own."
+            "images: give at least two, each in a folder of its own."
         )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)

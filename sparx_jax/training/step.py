@@ -64,7 +64,7 @@ def train_step(
     """One update of weights, statistics, moments and moving average.
 
     The loss is the mean over the examples, each with its weight: the targets carry it,
-    so that a mixture of two pictures learns only from the one that could be read.
+    so that a mixture of two images learns only from the one that could be read.
     Where the loss or the gradient is not finite only the step number moves on: no NaN
     gets into the state.
     """

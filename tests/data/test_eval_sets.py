@@ -103,7 +103,7 @@ def test_sets_of_other_classes_are_told(data, tmp_path):
     rejected("v2", data, "'7'", "7 classes")
 
 
-def test_real_labels_of_other_pictures_are_told(data, tmp_path):
+def test_real_labels_of_other_images_are_told(data, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps(REAL[:6]))
     rejected("real", data, val_name(7), "to 00000006")
     (tmp_path / "real.json").write_text(json.dumps([[]] * 7))

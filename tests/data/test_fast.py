@@ -40,7 +40,7 @@ def both(data, image, seed):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [96, 224])  # the first decodes at a half and a quarter
-def test_fast_pictures_are_close_to_the_exact_ones(format, size):
+def test_fast_images_are_close_to_the_exact_ones(format, size):
     for seed in range(8):
         fast, exact = both(config(image_size=size), encoded(seed % 2, format), seed)
         assert fast.shape == exact.shape

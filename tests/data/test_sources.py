@@ -68,7 +68,7 @@ def test_folder_classes_and_files_are_sorted_by_name(tmp_path):
     assert source[1]["image"] == (tmp_path / "train/dog/a.jpeg").read_bytes()
 
 
-def test_a_link_to_nowhere_is_a_picture_that_cannot_be_read(tmp_path):
+def test_a_link_to_nowhere_is_a_image_that_cannot_be_read(tmp_path):
     write_images(tmp_path, "train/cat/a.png")
     (tmp_path / "train/cat/b.png").symlink_to("gone.png")
     source = open_source(folder(tmp_path), "train")

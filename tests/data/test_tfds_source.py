@@ -71,7 +71,7 @@ def contents(source):
 
 
 @pytest.mark.parametrize("split, tfds_split", [("train",) * 2, ("eval", "validation")])
-def test_pictures_names_and_classes_are_those_of_the_folders(
+def test_images_names_and_classes_are_those_of_the_folders(
     prepared, split, tfds_split
 ):
     ours = open_source(tfds(prepared.tfds, tfds_split), split)
@@ -88,7 +88,7 @@ def test_names_are_those_that_prepare_takes(prepared):
 
 
 @pytest.mark.parametrize("split", ["train[:1%]", "train[5:3]", "all[:50%]", "x"])
-def test_a_split_without_pictures_is_told(prepared, split):
+def test_a_split_without_images_is_told(prepared, split):
     with pytest.raises(UserError, match="or nothing in it"):
         open_source(tfds(prepared.tfds, split), "train")
 
@@ -104,7 +104,7 @@ def test_labels_are_in_the_order_of_folders_and_of_published_checkpoints(prepare
 def test_a_killed_preparation_is_done_anew_and_a_complete_one_is_left_alone(prepared):
     first, again = prepared.out.split("once more\n")
     assert "killed: exit code 9, left 1\n" in first
-    assert "imagenet2012: 18 train, 9 validation pictures in" in first
+    assert "imagenet2012: 18 train, 9 validation images in" in first
     assert again.count("already complete in") == 4
     assert not list(prepared.tfds.rglob("incomplete*"))
 

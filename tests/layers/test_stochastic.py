@@ -24,7 +24,7 @@ def test_expectation_is_kept():
     assert abs(y.mean() - 1) < 4 * error
 
 
-def test_a_picture_is_kept_whole_or_dropped_whole():
+def test_a_image_is_kept_whole_or_dropped_whole():
     y = dropped(jax.random.key(0)).reshape(4000, -1)
     assert (y == y[:, :1]).all()
     np.testing.assert_allclose(np.unique(y), [0, 1 / (1 - RATE)], rtol=1e-6)

@@ -129,7 +129,7 @@ def test_evaluation_is_deterministic_and_changes_nothing(model, images, logits):
     jax.tree.map(np.testing.assert_array_equal, before, by_path(model))
 
 
-def test_pictures_do_not_see_each_other(model, images, logits):
+def test_images_do_not_see_each_other(model, images, logits):
     """Picture i's logits are the same beside other pictures, in another place."""
     others = draw(*images.shape, seed=1)
     others[3] = images[0]

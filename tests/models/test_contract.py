@@ -130,7 +130,7 @@ def test_without_classes_the_model_gives_what_the_classifier_reads():
 
 
 @compiled_families
-def test_evaluation_repeats_and_a_picture_does_not_see_its_batch(config):
+def test_evaluation_repeats_and_a_image_does_not_see_its_batch(config):
     batch = images(3, 64, 48)
     again = np.asarray(model(config)(batch))
     np.testing.assert_array_equal(again, logits(config))

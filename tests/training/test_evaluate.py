@@ -101,7 +101,7 @@ def test_a_and_r_are_counted_over_their_classes(evaluated, name, classes):
     assert result.examples == 2 * len(classes)
 
 
-def test_real_counts_any_of_its_labels_and_leaves_out_pictures_without(evaluated):
+def test_real_counts_any_of_its_labels_and_leaves_out_images_without(evaluated):
     results, evaluation, sets, logits = evaluated
     answers = np.argmax(logits["val"], 1)
     right = [
@@ -132,7 +132,7 @@ RESULTS = [
 
 def test_the_table_has_a_row_for_a_set_and_a_column_for_a_resolution():
     assert table(RESULTS).splitlines() == [
-        "| top-1 % | pictures | 224 px | 384 px |",
+        "| top-1 % | images | 224 px | 384 px |",
         "| --- | ---: | ---: | ---: |",
         "| val | 50,000 | 83.46 | 84.00 |",
         "| real | 46,837 | 88.00 | 88.50 |",
@@ -150,7 +150,7 @@ def test_results_are_written(tmp_path):
         assert picture.text == {"Title": "a title"} and picture.width == 1320
 
 
-def test_the_picture_of_resolutions_shows_all_values_legibly():
+def test_the_image_of_resolutions_shows_all_values_legibly():
     sizes = (224, 384, 512, 640, 768, 1024)
     rng = np.random.default_rng(0)
     curves = {

@@ -149,7 +149,7 @@ def test_damage_that_one_of_two_processes_meets_is_everybodys(straight_two, tmp_
 
 
 @pytest.mark.slow
-def test_too_many_unreadable_pictures_end_all_processes_with_the_same_code(tmp_path):
+def test_too_many_unreadable_images_end_all_processes_with_the_same_code(tmp_path):
     """Of all bad pictures neither process sees as many as are too many."""
     folder = tmp_path / "data"
     for split, count in (("train", 240), ("test", 24)):

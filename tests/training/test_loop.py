@@ -232,12 +232,12 @@ def test_the_step_that_compiles_tells_no_speed(run, capsys):
     assert "? left" in capsys.readouterr().out
 
 
-def test_pictures_that_are_prepared_otherwise_are_told(finished, capsys):
+def test_images_that_are_prepared_otherwise_are_told(finished, capsys):
     evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
     first = capsys.readouterr().out.splitlines()[0]
     there = "[0.485, 0.456, 0.406] there, [0.5, 0.4, 0.4] here"
     assert (
-        first == f"pictures are prepared otherwise than in training: data.mean={there}"
+        first == f"images are prepared otherwise than in training: data.mean={there}"
     )
     evaluate_checkpoint(tiny_settings(), finished)
     assert "otherwise" not in capsys.readouterr().out

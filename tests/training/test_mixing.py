@@ -116,7 +116,7 @@ def test_erasing_puts_normal_noise_into_the_box_and_nothing_else():
 @pytest.mark.parametrize(
     "config", [MixingConfig(mixup=0.8), MixingConfig(cutmix=1.0), BOTH]
 )
-def test_targets_stay_distributions_and_tell_the_shares_of_the_pictures(config):
+def test_targets_stay_distributions_and_tell_the_shares_of_the_images(config):
     targets = smooth_targets(jnp.arange(6) % 4, 4, 0.1)
     grey = np.arange(6) * 50
     images = np.broadcast_to(grey[:, None, None, None], (6, 8, 8, 3)).astype(np.uint8)
