@@ -33,7 +33,7 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sparx_jax.errors import Preempted, UserError
+from sparx_jax.errors import BusyError, Preempted, UserError
 from sparx_jax.training import cli, goodput
 from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
 from sparx_jax.training.logging import duration, read_metrics, say
@@ -94,10 +94,13 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
         key, _, values = text.partition("=")
         grid_values = re.split(r",(?![^(\[]*[)\]])", values)
         if not key or not all(grid_values):
-            raise UserError(f"--sweep {text} must have the form KEY=VALUE,VALUE.")
+            raise UserError(
+                f"--sweep {text} must have the form KEY=VALUE,VALUE ('' is an empty "
+                "value)."
+            )
         if key in grid:
             raise UserError(f"--sweep names {key} twice: give all its values at once.")
-        grid[key] = grid_values
+        grid[key] = ["" if value in ("''", '""') else value for value in grid_values]
     if not grid:
         raise UserError("--sweep is missing: give --sweep KEY=VALUE,VALUE.")
     return grid
@@ -152,7 +155,9 @@ def _name(values, grid):
 
 
 def _safe(text):
-    """For file names; numbers in one spelling, so that 1e-3 is 0.001."""
+    """For file names; values in one spelling, so that 1e-3 is 0.001."""
+    if text.lower() in ("true", "false"):
+        text = text.capitalize()
     with suppress(ValueError, SyntaxError):
         text = repr(ast.literal_eval(text))
     return re.sub(r"[^\w.+-]+", "-", text.strip("()[]'\" "))
@@ -193,7 +198,11 @@ def result(point: Point) -> Result | None:
 
 
 def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
-    """Trains the points that are not finished, `jobs` at a time; returns the failed."""
+    """Trains the points that are not finished, `jobs` at a time; returns the failed.
+
+    A point that another process trains is left to that and counts as failed unless it
+    is finished by then.
+    """
     todo = []
     for point in points:
         if result(point):
@@ -224,7 +233,8 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
             "stopped by a signal; what was training has saved its state: the same "
             "command goes on from there."
         )
-    return [point for point, ok in zip(todo, succeeded, strict=True) if not ok]
+    failed = [point for point, ok in zip(todo, succeeded, strict=True) if not ok]
+    return [point for point in failed if not result(point)]
 
 
 _STOPS = signal.SIGTERM, signal.SIGINT
@@ -270,7 +280,8 @@ def _train(running, point):
     elif not running.stopped:
         told = log.read_bytes()[place:].decode(errors="replace").splitlines()
         last = (told or ["it printed nothing"])[-1]
-        say(f"{point.folder.name}: FAILED with exit code {code}: {last}")
+        what = "SKIPPED" if code == BusyError.exit_code else "FAILED"
+        say(f"{point.folder.name}: {what} with exit code {code}: {last}")
     return code == 0
 
 
@@ -371,7 +382,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     say(f"{workdir}/results.md, results.csv and results.png hold the results")
     if failed:
         names = ", ".join(point.folder.name for point in failed)
-        say(f"FAILED: {names}; the same command tries them again")
+        say(f"NOT FINISHED: {names}; the same command tries them again")
         sys.exit(1)
 
 

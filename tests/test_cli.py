@@ -39,6 +39,7 @@ BAD_INPUT = {
     "too few classes": ("train", "--config.model.num_classes=4", "at least 10"),
     "workdir at a URL": ("train", "--workdir=gs://bucket/run", "is a URL"),
     "brackets in the workdir": ("train", "--workdir=/tmp/[x]/run", "[x]/run"),
+    "empty workdir": ("train", "--workdir=", "--workdir= is empty"),
     "negative seed": ("train", "--config.seed=-1", "seed=-1"),
     "endless": ("train", "--config.eval_every_epochs=inf", "eval_every_epochs=inf"),
     "mean of 255": ("train", "--config.data.mean=(123.,116.,103.)", "data.mean=(123"),

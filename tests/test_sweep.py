@@ -72,6 +72,7 @@ def test_the_grid_is_the_product_and_the_last_key_changes_fastest(tmp_path):
         ),
         (["data.root=/a b/c"], "root=-a-b-c"),
         (["use_ema=False"], "use_ema=False"),
+        (["optimizer.frozen=''"], "frozen="),
     ],
 )
 def test_a_folder_is_called_by_its_values_in_safe_characters(tmp_path, sweeps, name):
@@ -114,6 +115,7 @@ def test_variant_is_the_argument_of_the_config_file(tmp_path):
         (["seed=0,"], {}, "--sweep seed=0, must have the form"),
         (["seed=0", "seed=1"], {}, "names seed twice"),
         (["optimizer.lr=1e-3,0.001"], {}, "two points lr=0.001"),
+        (["use_ema=True,true"], {}, "two points use_ema=True"),
         ([f"init_from={'a' * 250}"], {}, "too long a name for a folder"),
         (["seed=0"], {"seed": 1}, "seed is both swept and set by --config.seed"),
         (["optimizer.rate=1"], {}, "unknown setting config.optimizer.rate"),
@@ -304,7 +306,7 @@ def test_a_sweep_with_a_failure_reports_and_exits_with_1(
     with pytest.raises(SystemExit, match="1"):
         run_main(tmp_path, monkeypatch, "--sweep=seed=1")
     out = capsys.readouterr().out
-    assert "0 of 1" in out and "FAILED: seed=1" in out
+    assert "0 of 1" in out and "NOT FINISHED: seed=1" in out
     run_main(tmp_path, monkeypatch, "--sweep=seed=1", "--report_only")
     assert "0 of 1" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ bad does the run stop.  A worker process that dies is replaced at the same batch
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import shared_memory
@@ -252,6 +253,7 @@ def _start(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
 
 
 def _die_with_parent(worker_index: int, worker_count: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
     # Otherwise a worker outlives a killed trainer and keeps its shared memory.  Not
     # between making some and telling Python's resource tracker, which would remove it.
     make, making = shared_memory.SharedMemory.__init__, threading.Lock()

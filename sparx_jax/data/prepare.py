@@ -77,8 +77,15 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds a lock, so that nobody removes what another process is writing."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent} cannot be made or written ({error.strerror}): give a "
+            "--root that may be written."
+        ) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

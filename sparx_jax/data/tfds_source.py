@@ -34,7 +34,14 @@ class TfdsSource:
 
     def __init__(self, root: str, name: str, split: str):
         self._title = f"{name} in data.root={root!r}"
-        info = tfds.builder_from_directory(self._newest_version(root, name)).info
+        folder = self._newest_version(root, name)
+        try:
+            info = tfds.builder_from_directory(folder).info
+        except Exception as error:  # of its own and of protobuf's kinds
+            raise UserError(
+                f"{folder} cannot be read ({str(error).splitlines()[0]}): copy it "
+                "there again or prepare it anew."
+            ) from error
         if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(
                 f"{self._title} is stored as {info.file_format.value}, which cannot be "
@@ -67,7 +74,11 @@ class TfdsSource:
         name, _, version = name.partition(":")
         # A run of TFDS that was killed leaves a folder "incomplete...".
         found = Path(root, name).glob(f"{version or '[0-9]*'}/dataset_info.json")
-        versions = {tfds.core.Version(path.parent.name): path.parent for path in found}
+        versions = {
+            tfds.core.Version(path.parent.name): path.parent
+            for path in found
+            if tfds.core.Version.is_valid(path.parent.name)  # not a copy "1.0.0_old"
+        }
         if not versions:
             inner = Path(root, name).glob("*/[0-9]*/dataset_info.json")
             if configurations := sorted({path.parts[-3] for path in inner}):

@@ -149,7 +149,8 @@ def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
       shapes: the shape of every array of the network, by path.
 
     Raises:
-      UserError: the two do not match one to one, name by name and shape by shape.
+      UserError: the two do not match one to one, name by name and shape by shape, or
+        a number is not finite.
     """
     whose = skeleton(shapes)
     names = {torch_name(path, whose): path for path in shapes}
@@ -164,6 +165,11 @@ def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
     arrays, wrong = {}, []
     for name, path in names.items():
         array, shape = np.asarray(weights[name]), tuple(shapes[path])
+        if not np.isfinite(array).all():
+            raise UserError(
+                f"The weights are damaged: {name} holds NaN or infinity; use another "
+                "copy of them."
+            )
         if path.endswith("position_bias"):
             array = _fit_window(array, shape)
         there, here = _axes(path, whose)

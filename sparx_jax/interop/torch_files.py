@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from sparx_jax.errors import UserError
 
-_ENTRIES = ("model", "state_dict", "model_state_dict")  # in order of preference
+# In order of preference; the last is DeepSpeed's.
+_ENTRIES = ("model", "state_dict", "model_state_dict", "module")
 _KINDS = {"Double": "f8", "Float": "f4", "Half": "f2", "BFloat16": bfloat16}
 _KINDS |= {"Long": "i8", "Int": "i4", "Short": "i2", "Char": "i1"}
 _KINDS |= {"Byte": "u1", "Bool": "?"}
@@ -68,7 +69,7 @@ def read_torch_file(
       path: the file; all but safetensors in the zip format of torch >= 1.6.
       key: the entry of the file that holds the state dict, such as "model_ema". By
         default the whole file if it is a state dict, else the first that is one of
-        the entries "model", "state_dict", "model_state_dict".
+        the entries "model", "state_dict", "model_state_dict", "module".
 
     Returns:
       Arrays by name, in the order of the file, with the shapes and dtypes as saved
@@ -156,7 +157,8 @@ def _select(tree: Any, key: str | None, path: Path) -> dict[str, _Tensor]:
                 return entry
     wanted = " or ".join(map(repr, _ENTRIES if key is None else [key]))
     found = ", ".join([*map(repr, tree)][:20] + ["..."] * (len(tree) > 20))
-    _fail(path, f"has no state dict in {wanted}", f"choose a key; it holds [{found}]")
+    remedy = f"name another entry by read_torch_file(path, key); it holds [{found}]"
+    _fail(path, f"has no state dict in {wanted}", remedy)
 
 
 def _array(tensor: _Tensor, data: bytes, limit: int) -> np.ndarray:

@@ -14,6 +14,5 @@ def resize_position_bias(table: np.ndarray, window: int) -> np.ndarray:
     for axis in (0, 1):
         old = np.linspace(-1, 1, table.shape[axis])
         degree = min(3, len(old) - 1)
-        spline = make_interp_spline(old, table, degree, axis=axis, check_finite=False)
-        table = spline(new)
+        table = make_interp_spline(old, table, k=degree, axis=axis)(new)
     return table

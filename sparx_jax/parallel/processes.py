@@ -140,7 +140,7 @@ def together(function: Callable[[], Any]) -> Any:
 
 
 class StopRequest:
-    """Whether to save and stop, because some process of the job got SIGTERM.
+    """Whether to save and stop: some process of the job got SIGTERM or Ctrl-C.
 
     JAX's own service for this cannot be used: each save by Orbax resets its counter of
     calls, after which the processes may wait for a number that never comes.
@@ -162,8 +162,10 @@ class StopRequest:
         return before is not None and bool(before)
 
     def _receive(self, number, frame):
-        del number, frame
+        del frame
         self._received = True
+        if number == signal.SIGINT:  # the next one ends the process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _any(flag: bool) -> jax.Array:
@@ -182,13 +184,17 @@ def _logical_or(flags):
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns SIGTERM from death into a `StopRequest` while it is open.
+    """Turns SIGTERM and Ctrl-C from death into a `StopRequest` while it is open.
 
-    A signal that arrives while XLA compiles counts at the next poll.
+    A signal that arrives while XLA compiles counts at the next poll; a second Ctrl-C
+    does not wait for it.
     """
-    request = StopRequest()
-    before = signal.signal(signal.SIGTERM, request._receive)
+    request, numbers = StopRequest(), [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background has
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, request._receive) for number in numbers}
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -47,7 +47,7 @@ class Checkpoints:
 
     `params` and `ema` hold the network's arrays by path, parameters and BatchNorm
     statistics alike; `optimizer` the moments; `meta` a JSON object with `step`,
-    `config`, `class_names`, `metrics` and `fingerprints`.
+    `config`, `class_names`, `train_examples`, `metrics` and `fingerprints`.
     """
 
     def __init__(self, workdir: str, *, read_only: bool = False):
@@ -100,9 +100,13 @@ class Checkpoints:
         state: TrainState,
         config: dict,
         metrics: dict[str, float] | None,
+        *,
         class_names: Sequence[str] = (),
+        train_examples: int | None = None,
     ) -> None:
         """Starts to write a step; `metrics["top1"]`, if known by now, ranks it.
+
+        What else is given, of the run and its data, becomes part of `meta`.
 
         Raises StorageError if this or the write before it fails.
         """
@@ -117,6 +121,7 @@ class Checkpoints:
             "step": step,
             "config": config,
             "class_names": list(class_names),
+            "train_examples": train_examples,
             "metrics": metrics,
             "fingerprints": {k: fingerprints(item) for k, item in items.items()},
         }
@@ -153,6 +158,7 @@ class Checkpoints:
 
         Raises UserError if there is none.
         """
+        self._manager.reload()  # a training beside this may have saved
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise UserError(f"{self.path} holds no complete checkpoint: train first.")
@@ -221,6 +227,10 @@ class Checkpoints:
         item = "params" if kind == "raw" else "ema"
         restored = self._restore(step, {item: _as_item(like)}, model)
         return _from_item(restored[item], like)
+
+    def holds(self, step: int) -> bool:
+        """Whether the step is there now."""
+        return (self.path / str(step)).is_dir()
 
     def has_ema(self, step: int) -> bool:
         """Whether the step holds averaged weights."""

@@ -117,6 +117,8 @@ def _parse(needs_workdir, is_whole, argv):
             for name, flag in needed.items():
                 if not flag.present:
                     raise UserError(f"--{name} is missing: give --{name}=...")
+                if not flag.value:
+                    raise UserError(f"--{name}= is empty: give it a path.")
             if is_whole:
                 _check(flags.FLAGS)  # before any device is touched
             return rest

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from sparx_jax.data import (
     open_eval_set,
     too_many_unreadable,
 )
-from sparx_jax.errors import UserError
+from sparx_jax.errors import DamagedError, StorageError, UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
@@ -36,7 +37,7 @@ from sparx_jax.training.state import Weights
 from sparx_jax.training.step import compile_eval_step
 
 # How images are prepared: a network sees others than it was trained for.
-_PICTURES = tuple(
+_IMAGE_SETTINGS = tuple(
     f"data.{name}" for name in ("image_size", "crop", "crop_ratio", "mean", "std")
 )
 
@@ -62,43 +63,52 @@ class Evaluation(NamedTuple):
 
 def evaluate_split(
     eval_step: Callable[[Weights, dict], dict],
-    weights: Weights,
+    weights: Sequence[Weights],
     config: Config,
     source: Source,
     mesh: Mesh,
-) -> Evaluation:
-    """Runs the compiled `eval_step` over the whole of `source`."""
+) -> list[Evaluation]:
+    """Runs the compiled `eval_step` over the whole of `source`, once for all `weights`.
+
+    Raises BadDataError if too much of it is unreadable.
+    """
     batches = eval_batches(
         config.data, source, batch_size=config.eval_batch_size, **process_share()
     )
-    results = []
+    results = [[] for _ in weights]
     for batch in batches:
-        results.append(eval_step(weights, put_batch(batch, mesh)))
-        if len(results) > 1:  # the device is one batch behind, not the whole split
-            results[-2] = jax.device_get(results[-2])
+        batch = put_batch(batch, mesh)
+        for found, each in zip(results, weights, strict=True):
+            found.append(eval_step(each, batch))
+            if len(found) > 1:  # the device is one batch behind, not the whole split
+                found[-2] = jax.device_get(found[-2])
     results = jax.device_get(results)
-
-    def total(name):
-        return float(sum(np.float64(result[name]) for result in results))
-
-    index = np.concatenate([result["index"] for result in results])
-    padding = np.count_nonzero(index < 0)
-    order = np.argsort(index, kind="stable")[padding:]
-
-    def answers(name):
-        return np.concatenate([result[name] for result in results])[order]
-
-    examples, unreadable = total("examples"), np.sum(answers("label") == UNREADABLE)
+    unreadable = sum(np.sum(result["label"] == UNREADABLE) for result in results[0])
     if error := too_many_unreadable(unreadable, source, config.data):
         raise error
     if unreadable:
         say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
+    return [_evaluation(found) for found in results]
+
+
+def _evaluation(results):
+    """That of the sums and answers of all batches."""
+
+    def total(name):
+        return float(sum(np.float64(result[name]) for result in results))
+
+    def answers(name):
+        return np.concatenate([result[name] for result in results])[order]
+
+    examples = total("examples")
+    index = np.concatenate([result["index"] for result in results])
+    order = np.argsort(index, kind="stable")[np.count_nonzero(index < 0) :]
     return Evaluation(
         total("loss") / examples,
         100 * total("top1") / examples,
         100 * total("top5") / examples,
         int(examples),
-        int(unreadable),
+        int(np.sum(answers("label") == UNREADABLE)),
         *(answers(name) for name in ("label", "predicted", "probability")),
     )
 
@@ -130,36 +140,20 @@ def evaluate_checkpoint(
       their own.
 
     Raises UserError if there is no such checkpoint, it is of another model, or a set or
-    resolution cannot be evaluated.
+    resolution cannot be evaluated; StorageError if only the results cannot be written.
     """
     watch = Stopwatch()
-    checkpoints = Checkpoints(workdir, read_only=True)
-    number = checkpoints.find(step)
-    if weights == "auto":
-        weights = "ema" if checkpoints.has_ema(number) else "raw"
-    config, _, source, mesh = prepare(settings)
-    meta = checkpoints.meta(number)
-    if other := other_class(meta, source.class_names):
-        raise UserError(
-            f"step {number} of {workdir} was trained on other classes, {other}: give "
-            "the data set of the same classes, the folders by the same names."
+    with closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        checkpoints.find(step)  # or the folder is told before the data set
+        config, _, source, mesh = prepare(settings)
+        network, like = states.split(models.build(config.model, config.seed))
+        like = jax.device_put(like, state_shardings(like, mesh))
+        number, weights, restored = _restore(
+            checkpoints, step, weights, config, source, like
         )
-    differing = [
-        text
-        for key, text in changes(meta["config"], as_dict(config)).items()
-        if key in _PICTURES
-    ]
-    if differing:
-        say(f"images are prepared otherwise than in training: {'; '.join(differing)}")
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
     sets = {name: open_eval_set(name, config.data, source) for name in datasets}
-    network, like = states.split(models.build(config.model, config.seed))
-    like = jax.device_put(like, state_shardings(like, mesh))
-    restored = checkpoints.restore_weights(
-        number, weights, like, as_dict(config)["model"]
-    )
-    checkpoints.close()
     watch.lap("restoring")
     results, to_draw = [], None
     for at_size in configs:
@@ -181,12 +175,46 @@ def evaluate_checkpoint(
     parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
     say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
     say(json.dumps(summary))
-    # Last: a folder that cannot be written costs no number.
-    if jax.process_index() == 0:
-        write_results(workdir, title, results, summary)
-    if to_draw:
-        write_report(workdir, config, to_draw, source, title=title)
+    try:  # last: a folder that cannot be written costs no number
+        if jax.process_index() == 0:
+            write_results(workdir, title, results, summary)
+        if to_draw:
+            write_report(workdir, config, to_draw, source, title=title)
+    except OSError as error:
+        raise StorageError(
+            f"the results above could not be written to {workdir} ({error.strerror}): "
+            "make room or mend its permissions, then evaluate again."
+        ) from error
     return summary
+
+
+def _restore(checkpoints, step, weights, config, source, like):
+    """Number of the step, kind of the weights, and the weights themselves."""
+    while True:
+        number, kind = checkpoints.find(step), weights
+        if weights == "auto":
+            kind = "ema" if checkpoints.has_ema(number) else "raw"
+        try:
+            meta = checkpoints.meta(number)
+            if other := other_class(meta, source.class_names):
+                raise UserError(
+                    f"step {number} of {checkpoints.path.parent} was trained on other "
+                    f"classes, {other}: give the data set of the same classes, the "
+                    "folders by the same names."
+                )
+            settings = as_dict(config)
+            restored = checkpoints.restore_weights(
+                number, kind, like, settings["model"]
+            )
+        except DamagedError:
+            # Training goes on, and a newer step took its place since.
+            if step.isdecimal() or checkpoints.holds(number):
+                raise
+            continue
+        differing = changes(meta["config"], settings)
+        if texts := [differing[key] for key in _IMAGE_SETTINGS if key in differing]:
+            say(f"images are prepared otherwise than in training: {'; '.join(texts)}")
+        return number, kind, restored
 
 
 def evaluate_sets(
@@ -204,8 +232,8 @@ def evaluate_sets(
     for name, (source, classes, answers) in sets.items():
         if id(source) not in passes:
             allowed = weights if classes is None else restrict(weights, classes)
-            passes[id(source)] = evaluate_split(
-                eval_step, allowed, config, source, mesh
+            (passes[id(source)],) = evaluate_split(
+                eval_step, [allowed], config, source, mesh
             )
         evaluation = passes[id(source)]
         row = Result(name, config.data.image_size, *evaluation[:5])

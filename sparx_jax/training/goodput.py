@@ -89,6 +89,8 @@ def summary(sessions: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_sessions(workdir: str) -> list[dict[str, Any]]:
-    """The sessions of a run so far."""
-    path = Path(workdir) / "goodput.json"
-    return json.loads(path.read_text())["sessions"] if path.exists() else []
+    """The sessions of a run so far; none if the file cannot be read."""
+    try:
+        return json.loads((Path(workdir) / "goodput.json").read_text())["sessions"]
+    except (OSError, ValueError):  # no reason to lose a run
+        return []

@@ -8,14 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparx_jax.data import too_many_unreadable, train_batches
-from sparx_jax.errors import NonFiniteLossError, Preempted, UserError
+from sparx_jax.errors import BadDataError, NonFiniteLossError, Preempted, UserError
 from sparx_jax.parallel import put_batch
 from sparx_jax.parallel.processes import stop_request, together
 from sparx_jax.training import state as states
 from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import Config, as_dict, changes_of_run
-from sparx_jax.training.evaluate import Evaluation, evaluate_split, write_report
+from sparx_jax.training.evaluate import evaluate_split, write_report
 from sparx_jax.training.finetune import start_from
 from sparx_jax.training.goodput import Goodput
 from sparx_jax.training.logging import MetricsLog, duration, say
@@ -102,10 +102,20 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         differing = changes_of_run(meta["config"], settings)
         if other := other_class(meta, train_source.class_names):
             differing.append(other)
+        examples, saved = len(train_source), meta.get("train_examples")
+        if saved not in (None, examples):
+            differing.append(f"{saved:,} training images there, {examples:,} here")
         _check_config(differing, start, allow_config_change)
         unevaluated = lengths.is_eval(start) and meta["metrics"] is None
     else:
         state = start_from(config.init_from, state, train_source.class_names)
+    if start >= lengths.total_steps and not unevaluated:
+        say(
+            f"nothing to do: {workdir} has reached step {start:,}; eval.py draws "
+            "report.png anew"
+        )
+        return
+
     # After the checks: a refused run leaves no config.json.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)
@@ -117,13 +127,6 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         + (f"; {lost}" if lost else "")
     )
     goodput.lap("initialisation")
-    if start >= lengths.total_steps and not unevaluated:
-        say(
-            f"nothing to do: {workdir} has reached step {start:,}; eval.py draws "
-            "report.png anew"
-        )
-        return
-
     goodput.write(start)  # a session counts even if it is killed at once
     train_step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     eval_step = compile_eval_step(network, config, state.weights, mesh)
@@ -161,7 +164,13 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     def save(metrics):
         jax.block_until_ready(state.step)  # what was dispatched is no part of saving
         goodput.lap("steps")
-        checkpoints.save(state, settings, metrics, train_source.class_names)
+        checkpoints.save(
+            state,
+            settings,
+            metrics,
+            class_names=train_source.class_names,
+            train_examples=len(train_source),
+        )
         goodput.lap("checkpoints")
 
     step = start
@@ -220,9 +229,15 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         checkpoints.wait()
         goodput.lap("checkpoints")
         raise Preempted(
-            f"stopped by SIGTERM after step {step:,}, which is saved: the same command "
-            "goes on from there."
+            f"stopped by a signal after step {step:,}, which is saved: the same "
+            "command goes on from there."
         ) from None
+    except BadDataError:
+        # Files can be mended.  Of several processes this may be the only one here.
+        if jax.process_count() == 1 and checkpoints.latest_step() != int(state.step):
+            save(None)
+            checkpoints.wait()
+        raise
     finally:
         batches.close()  # or its workers' shared memory outlives them
         profiler.stop(step)  # if the last step to record did not come
@@ -367,13 +382,9 @@ class _Window:
 
 def _evaluate_state(eval_step, state, config, source, mesh):
     """The evaluation that counts (EMA if kept), and the record of all."""
-
-    def run(weights) -> Evaluation:
-        return evaluate_split(eval_step, weights, config, source, mesh)
-
-    main = raw = run(state.weights)
-    if state.ema is not None:
-        main = run(state.ema)
+    weights = [state.weights] + [state.ema] * (state.ema is not None)
+    found = evaluate_split(eval_step, weights, config, source, mesh)
+    raw, main = found[0], found[-1]
     record = {"eval_loss": main.loss, "top1": main.top1, "top5": main.top5}
     if state.ema is not None:
         record |= {

@@ -71,9 +71,7 @@ def contents(source):
 
 
 @pytest.mark.parametrize("split, tfds_split", [("train",) * 2, ("eval", "validation")])
-def test_images_names_and_classes_are_those_of_the_folders(
-    prepared, split, tfds_split
-):
+def test_images_names_and_classes_are_those_of_the_folders(prepared, split, tfds_split):
     ours = open_source(tfds(prepared.tfds, tfds_split), split)
     theirs = open_source(folder(prepared.folders), split)
     assert contents(ours) == contents(theirs)
@@ -197,6 +195,14 @@ def test_a_missing_set_or_split_is_told(prepared, tmp_path):
     rejected(tmp_path, "imagenet2012 in data.root=", "prepare")
     rejected(prepared.tfds, "'val'", "train, validation", split="val")
     rejected(prepared.tfds, "'train[:x]'", split="train[:x]")
+
+
+def test_a_copy_of_a_version_is_none_and_a_damaged_one_is_told(prepared, tmp_path):
+    folder = damaged(prepared, tmp_path)
+    shutil.copytree(folder, folder.with_name(f"{folder.name}_old"))
+    assert len(open_source(tfds(tmp_path), "train"))
+    (folder / "dataset_info.json").write_text("{")
+    rejected(tmp_path, str(folder), "cannot be read", "prepare it anew")
 
 
 def test_a_missing_shard_is_named(prepared, tmp_path):

@@ -59,12 +59,18 @@ def test_weights_load_into_a_network_with_other_windows():
         np.testing.assert_array_equal(others[name], weights[name], err_msg=name)
 
 
-def test_a_table_of_no_square_window_is_refused_and_nothing_changes():
+@pytest.mark.parametrize(
+    "name, array",
+    [
+        (TABLE, np.zeros((24, 2), np.float32)),  # of no square window
+        ("head.fc.bias", np.array([0, np.nan, 0], np.float32)),
+        (7, np.zeros(3, np.float32)),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_changes(name, array):
     model = create_model("swin_t", window_size=3, **TINY)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(model))]
-    weights = torch_state_dict(model)
-    weights[TABLE] = np.zeros((24, 2), np.float32)
-    with pytest.raises(UserError, match="relative_position_bias_table"):
-        load_torch_weights(model, weights)
+    with pytest.raises(UserError, match=str(name)):
+        load_torch_weights(model, torch_state_dict(model) | {name: array})
     for old, leaf in zip(before, jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(old, leaf)

@@ -96,6 +96,15 @@ def test_sigterm_becomes_a_request_and_then_death_again():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_ctrl_c_becomes_a_request_once():
+    with processes.stop_request() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.poll()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_only_a_broken_connection_is_a_lost_peer(monkeypatch):
     gone = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
     assert processes.lost_peer(gone) is None  # of one process alone

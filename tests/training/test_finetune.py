@@ -69,7 +69,8 @@ def saved(run, tmp_path_factory):
         step=jax.device_put(np.int32(7), state.step.sharding),
     )
     checkpoints = Checkpoints(str(workdir))
-    checkpoints.save(state, as_dict(run.config), {"top1": 1.0}, "0123456789")
+    metrics = {"top1": 1.0}
+    checkpoints.save(state, as_dict(run.config), metrics, class_names="0123456789")
     checkpoints.close()
     return workdir, flat(state.ema)
 

@@ -49,6 +49,16 @@ def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
     assert kept == [(0, 30), (20, 40)]
 
 
+@pytest.mark.parametrize("text", ["", '{"goodput": 0.9, "sess'])
+def test_a_torn_file_is_no_reason_to_lose_a_run(tmp_path, text):
+    (tmp_path / "goodput.json").write_text(text)
+    goodput = Goodput(str(tmp_path))
+    assert goodput.start(4) == ""
+    goodput.write(6)
+    (found,) = read_sessions(str(tmp_path))
+    assert (found["from_step"], found["to_step"]) == (4, 6)
+
+
 def test_compiling_the_evaluation_counts_as_compilation(tmp_path, monkeypatch):
     """Steps that do nothing; the first evaluation takes 3 s."""
     names = "train_loss", "grad_norm", "learning_rate", "skipped", "unreadable"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparx_jax import sweep
-from sparx_jax.errors import BadDataError, UserError
+from sparx_jax.errors import BadDataError, StorageError, UserError
 from sparx_jax.training import evaluate, loop
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import as_dict
@@ -145,7 +145,9 @@ def test_every_example_counts_once_whatever_the_batch_size(run, batch_size):
             "label": batch["label"], "predicted": guess, "probability": guess / 10,
         }  # fmt: skip
 
-    result = evaluate_split(eval_step, weights, config, setup.eval_source, setup.mesh)
+    (result,) = evaluate_split(
+        eval_step, [weights], config, setup.eval_source, setup.mesh
+    )
     source = setup.eval_source
     truth = [source[i]["label"] for i in range(len(source))]
     assert result.examples == len(answers) == len(source) == 360
@@ -170,8 +172,8 @@ class Damaged:
 
 def test_evaluation_leaves_out_what_cannot_be_read_and_says_so(run, capsys):
     setup, weights = run.setup, run.init().weights
-    whole, part = (
-        evaluate_split(run.eval_step, weights, setup.config, source, setup.mesh)
+    (whole,), (part,) = (
+        evaluate_split(run.eval_step, [weights], setup.config, source, setup.mesh)
         for source in (setup.eval_source, Damaged(setup.eval_source, {7, 100, 359}))
     )
     assert "left out: 3 of 360 examples" in capsys.readouterr().out
@@ -196,9 +198,9 @@ def test_too_many_unreadable_of_all_processes_end_an_evaluation(run, monkeypatch
         data = dataclasses.replace(run.config.data, max_bad_fraction=limit)
         config = dataclasses.replace(run.config, data=data)
         mesh = run.setup.mesh
-        return evaluate_split(lambda *_: answers, None, config, range(8), mesh)
+        return evaluate_split(lambda *_: answers, [None], config, range(8), mesh)
 
-    assert evaluated(0.5).unreadable == 4
+    assert evaluated(0.5)[0].unreadable == 4
     with pytest.raises(BadDataError, match="4 of 8 examples cannot be read"):
         evaluated(0.4)
 
@@ -236,21 +238,60 @@ def test_images_that_are_prepared_otherwise_are_told(finished, capsys):
     evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
     first = capsys.readouterr().out.splitlines()[0]
     there = "[0.485, 0.456, 0.406] there, [0.5, 0.4, 0.4] here"
-    assert (
-        first == f"images are prepared otherwise than in training: data.mean={there}"
-    )
+    assert first == f"images are prepared otherwise than in training: data.mean={there}"
     evaluate_checkpoint(tiny_settings(), finished)
     assert "otherwise" not in capsys.readouterr().out
 
 
 def test_results_are_printed_before_anything_is_written(finished, monkeypatch, capsys):
     def refuse(*_, **__):
-        raise OSError("read-only")
+        raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(evaluate, "write_results", refuse)
-    with pytest.raises(OSError, match="read-only"):
+    with pytest.raises(StorageError, match=r"could not be written .*Permission denied"):
         evaluate_checkpoint(tiny_settings(), finished)
     assert "top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_step_that_training_replaces_meanwhile_is_looked_for_again(
+    finished, monkeypatch
+):
+    found = iter(["12", "999", "latest"])  # 999 is gone when it is read
+    find = Checkpoints.find
+    monkeypatch.setattr(
+        Checkpoints,
+        "find",
+        lambda self, which: 999 if (n := next(found)) == "999" else find(self, n),
+    )
+    assert evaluate_checkpoint(tiny_settings(), finished, step="latest")["step"] == 12
+
+
+def test_what_was_trained_is_saved_when_the_test_images_cannot_be_read(
+    tmp_path, monkeypatch, capsys
+):
+    def evaluate_split(*_):
+        raise BadDataError("3 of 80 examples cannot be read")
+
+    settings = tiny_settings(eval_every_epochs=0.13)
+    with monkeypatch.context() as patch, pytest.raises(BadDataError):
+        patch.setattr(loop, "evaluate_split", evaluate_split)
+        loop.train(settings, str(tmp_path))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")] == ["12"]
+    assert "top1" not in read_metrics(str(tmp_path))[-1]
+    loop.train(settings, str(tmp_path))  # mended: only the evaluation is left
+    assert "going on after step 12" in capsys.readouterr().out
+    assert "top1" in read_metrics(str(tmp_path))[-1]
+
+
+def test_another_number_of_training_images_is_told(tmp_path, run):
+    checkpoints = Checkpoints(str(tmp_path))
+    settings = as_dict(run.setup.config)
+    checkpoints.save(
+        run.init()._replace(step=jnp.int32(4)), settings, None, train_examples=80
+    )
+    checkpoints.close()
+    with pytest.raises(UserError, match="80 training images there, 1,437 here; use"):
+        loop.train(tiny_settings(), str(tmp_path))
 
 
 def test_a_profile_is_kept_if_the_run_ends_before_its_last_step(tmp_path, capsys):
