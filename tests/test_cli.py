@@ -40,6 +40,12 @@ BAD_INPUT = {
     "workdir at a URL": ("train", "--workdir=gs://bucket/run", "is a URL"),
     "brackets in the workdir": ("train", "--workdir=/tmp/[x]/run", "[x]/run"),
     "empty workdir": ("train", "--workdir=", "--workdir= is empty"),
+    "argument for a config that takes none": (
+        "train",
+        "--config=configs/digits.py:t",
+        "error: bad configuration: TypeError: get_config() takes 0",
+    ),
+    "config file with an error": ("train", "--config=DATA/config.py", "SyntaxError"),
     "negative seed": ("train", "--config.seed=-1", "seed=-1"),
     "endless": ("train", "--config.eval_every_epochs=inf", "eval_every_epochs=inf"),
     "mean of 255": ("train", "--config.data.mean=(123.,116.,103.)", "data.mean=(123"),
@@ -69,6 +75,8 @@ def outcomes(tmp_path_factory):
             (data / split / name).mkdir(parents=True)
             if name == "cat":
                 Image.new("RGB", (40, 40)).save(data / split / name / "0.png")
+
+    (data / "config.py").write_text("def get_config(:\n")
 
     def outcome(case):
         program, flags, _ = case

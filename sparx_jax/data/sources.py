@@ -4,6 +4,7 @@ import os
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from sparx_jax.errors import UserError
@@ -92,6 +93,8 @@ class DigitsSource:
 class FolderSource:
     """Image files in `root/split/class/`; hidden files and folders are skipped.
 
+    Other files, and folders in those of the classes, are left out and logged.
+
     The classes, sorted by name, are the folders of `train_split`, whichever `split`
     this reads, so that labels agree.
 
@@ -109,7 +112,7 @@ class FolderSource:
         self._path = os.path.join(root, split)
         self.class_names = tuple(_class_folders(root, train_split))
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        files, labels = [], []
+        files, labels, others = [], [], []
         for name in _class_folders(root, split):
             path = os.path.join(self._path, name)
             if name not in label_of:
@@ -117,9 +120,15 @@ class FolderSource:
                     f"{path} is of a class that {train_split!r} does not have: rename "
                     "it or add the class there."
                 )
-            class_files = _image_files(path)
+            class_files, no_images = _image_files(path)
+            others += [os.path.join(path, other) for other in no_images]
             files += map(os.fsencode, class_files)
             labels += [label_of[name]] * len(class_files)
+        if others:
+            kinds, some = ", ".join(IMAGE_SUFFIXES), ", ".join(others[:3])
+            logging.error(
+                "left out, as not of %s: %d such as %s", kinds, len(others), some
+            )
         # Fixed-width bytes: ImageNet's 1.28 million names become one array of 36 MB.
         self._files, self.labels = np.array(files), np.array(labels, np.int32)
 
@@ -165,13 +174,16 @@ def _class_folders(root: str, split: str) -> list[str]:
     return names
 
 
-def _image_files(path: str) -> list[str]:
-    # A link to nowhere is an image that cannot be read, and counts as one.
-    names = [entry.name for entry in _entries(path) if not entry.is_dir()]
-    files = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+def _image_files(path: str) -> tuple[list[str], list[str]]:
+    """The names of the images, and those of whatever else is there."""
+    files, others = [], []
+    for entry in _entries(path):
+        # A link to nowhere is an image that cannot be read, and counts as one.
+        is_image = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+        (files if is_image else others).append(entry.name)
     if not files:
         raise UserError(
             f"The class folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}): "
             "add images or delete the folder."
         )
-    return files
+    return sorted(files), sorted(others)

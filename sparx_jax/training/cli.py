@@ -131,7 +131,13 @@ def _one_sentence(argv):
     try:
         yield
     except (flags.Error, OSError) as error:
-        raise UserError(str(error)) from error
+        text = str(error).strip()
+        if "Traceback" in text:  # of get_config; its last line says what was wrong
+            text = f"bad configuration: {text.splitlines()[-1]}"
+        raise UserError(text) from error
+    except (SyntaxError, ImportError, NameError) as error:
+        kind = type(error).__name__
+        raise UserError(f"the config file cannot be run: {kind}: {error}.") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # How ml_collections rejects a key or a value, here or in the config file.
         message = _unknown_setting(argv) or f"bad configuration: {error}"

@@ -88,13 +88,14 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
         open_source(folder(tmp_path), "train")
 
 
-def test_hidden_and_other_files_are_skipped(tmp_path):
+def test_hidden_files_are_skipped_and_others_are_named(tmp_path, caplog):
     write_images(tmp_path, "train/cat/a.png", "train/cat/.b.png", "train/.old/c.png")
     (tmp_path / "train/cat/notes.txt").write_text("no image")
     (tmp_path / "train/readme.md").write_text("no class")
     assert files(open_source(folder(tmp_path), "train"), tmp_path) == [
         "train/cat/a.png"
     ]
+    assert f"1 such as {tmp_path}/train/cat/notes.txt" in caplog.text
 
 
 def test_eval_split_uses_the_classes_of_the_train_split(tmp_path):
