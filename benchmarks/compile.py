@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from sparx_jax import models
 from sparx_jax.parallel import make_mesh
 from sparx_jax.training import state as states
 from sparx_jax.training.config import default_config, from_config_dict
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.step import (
-    compile_train_step,
     cross_entropy,
+    jit_train_step,
     normalize,
     smooth_targets,
 )
@@ -39,10 +38,10 @@ def functions(name, image_size, batch_size):
     config = from_config_dict(settings)
     schedule = learning_rate(config.optimizer, 10, 100)
     optimizer, mesh = make_optimizer(config.optimizer), make_mesh(1, 1)
-    network, weights = states.split(models.build(config.model, 0))
-    state = states.TrainState(
-        jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights.params)
+    network, state = states.init(
+        config.model, optimizer, seed=0, use_ema=True, mesh=mesh
     )
+    weights = state.weights
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
     batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
     batch["weight"] = np.ones(batch_size, np.float32)
@@ -54,11 +53,11 @@ def functions(name, image_size, batch_size):
         targets = smooth_targets(batch["label"], config.model.num_classes)
         return cross_entropy(logits, targets).mean()
 
-    step = compile_train_step(network, config, optimizer, schedule, state, mesh)
+    step = jit_train_step(network, config, optimizer, schedule, state, mesh)
     return {
         "forward": (jax.jit(loss), (weights.params, batch)),
         "gradient": (jax.jit(jax.grad(loss)), (weights.params, batch)),
-        "step": (step.func, (*step.args, state, batch)),  # a partial of the seed
+        "step": (step, (jnp.uint32(0), state, batch)),
     }
 
 

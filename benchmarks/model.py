@@ -35,7 +35,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.ops import grouped_conv, naive_ss2d
-from sparx_jax import models, summary
+from sparx_jax import summary
 from sparx_jax.ops import norm
 from sparx_jax.parallel import make_mesh
 from sparx_jax.training import state as states
@@ -43,8 +43,8 @@ from sparx_jax.training.config import default_config, from_config_dict
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.step import (
     compile_eval_step,
-    compile_train_step,
     compiler_options,
+    jit_train_step,
 )
 
 PEERS = {  # the options of peer.py for networks of the same name here
@@ -115,13 +115,11 @@ class Network:
         schedule = learning_rate(config.optimizer, 10, 100)
         optimizer = make_optimizer(config.optimizer)
         mesh = make_mesh(1, 1, jax.devices()[:1])
-        network, weights = states.split(models.build(config.model, 0))
-        state = states.TrainState(
-            jnp.zeros((), jnp.int32), weights, weights, optimizer.init(weights.params)
+        network, self.state = states.init(
+            config.model, optimizer, seed=0, use_ema=True, mesh=mesh
         )
-        # The step reuses the memory of the state, each part of which must be its own.
-        self.state = jax.tree.map(lambda t: jnp.array(t, copy=True), state)
-        self.weights = weights
+        # The step reuses the memory of its state.
+        self.weights = jax.tree.map(jnp.copy, self.state.weights)
         rng, n = np.random.default_rng(0), args.batch
         self.batch = jax.device_put({
             "image": rng.integers(0, 256, (n, args.image, args.image, 3), np.uint8),
@@ -131,20 +129,20 @@ class Network:
         })  # fmt: skip
         pixels = (args.image, args.image)
         self.macs = args.batch * summary.macs(config.model, pixels)
-        evaluate = compile_eval_step(network, config, weights, mesh)
-        train = compile_train_step(network, config, optimizer, schedule, state, mesh)
+        evaluate = compile_eval_step(network, config, self.weights, mesh)
+        train = jit_train_step(network, config, optimizer, schedule, self.state, mesh)
+        self._seed = jnp.uint32(0)
         self._lowered = {
-            "evaluate": evaluate.lower(weights, self.batch),
-            "train": train.func.lower(*train.args, self.state, self.batch),
+            "evaluate": evaluate.lower(self.weights, self.batch),
+            "train": train.lower(self._seed, self.state, self.batch),
         }
-        self._seed = train.args
 
     def compile(self, kind):
         """The step, a function without arguments, and MB of its temporaries."""
         step = self._lowered[kind].compile()
 
         def train():
-            self.state, metrics = step(*self._seed, self.state, self.batch)
+            self.state, metrics = step(self._seed, self.state, self.batch)
             return metrics
 
         evaluate = partial(step, self.weights, self.batch)

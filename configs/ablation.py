@@ -5,7 +5,7 @@ have equally many parameters within 1 %: what a connector costs, the others spen
 width.  Only stage 3 has a connector, over seven layers as in SparX-Mamba-T.
 Data: ROOT/train/<class>/*.png and ROOT/test/<class>/*.png, or .jpg.
 
-All 24 runs took an hour and a half on 2 CPU cores; the README has their results.
+All 24 runs took an hour and a half on 2 CPU cores; docs/ablation.md has their results.
 
 python -m sparx_jax.sweep --config=configs/ablation.py --workdir=runs/ablation \\
     --config.data.root=ROOT --jobs=2 --sweep seed=0,1,2 --sweep \\

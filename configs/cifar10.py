@@ -1,6 +1,6 @@
 """SparX-Mamba-T on CIFAR-10 enlarged to 64 x 64, for one GPU: a few minutes.
 
-The README says what was run of it: T for 15 of its 50 epochs, and a smaller network.
+What was run of it (docs/training.md): T for 15 of its 50 epochs, and a smaller network.
 Data: ROOT/train/<class>/*.png and ROOT/test/<class>/*.png, or .jpg.
 
     python train.py --config=configs/cifar10.py --workdir=runs/cifar10 \\

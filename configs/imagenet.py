@@ -16,7 +16,7 @@ makes the tables of robustness and of resolutions; see sparx_jax/data/eval_sets.
     sparx_mamba_t   310    2048   83.5                     unknown
     sparx_mamba_s   310    2048   84.2                     unknown
     sparx_mamba_b   310    2048   84.5                     unknown
-    sparx_swin_t    300    1024   82.6 (see the README)    unknown
+    sparx_swin_t    300    1024   82.6 (docs/differences)   unknown
     sparx_swin_s    300    1024   none                     unknown
     sparx_swin_b    300    1024   none                     unknown
     swin_t          300    1024   81.3                     unknown

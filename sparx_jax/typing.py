@@ -5,7 +5,7 @@ channels of a mixer, `n` states of the recurrence, `r` rank of the step-size
 projection, `k` scan directions, `g` attention groups.  Images and feature maps are
 NHWC (`b h w c`), token sequences `b l c`.
 
-Only `ops/scan.py` and `layers/ss2d.py` use the letters of the state-space papers:
+Scans use the letters of the state-space papers:
 `x` input, `dt` step size, `a` `b` `c` the recurrence, `d` the skip weight.
 """
 

@@ -10,7 +10,7 @@ The decoder is simplejpeg's libjpeg-turbo, whose pixels are Pillow's. Its faster
 transform would save 1 % of the decoding and add 0.7 grey levels of difference.
 
 `benchmarks/input.py` measures the speed and how far the pixels are from the exact ones,
-`benchmarks/decode.py` leads to the effect on training, which is in the README.
+`benchmarks/decode.py` leads to the effect on training, which is in docs/training.md.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Depthwise convolution that is fast on CPU as well as on accelerators.
 
 XLA runs a grouped convolution with one channel a group at about 1 GFLOP/s on CPU.
-There the sum of shifted products below was 9 to 30 times faster, forward and backward.
+There the sum of shifted products below is 25 to 80 times faster (docs/speed.md).
 NVIDIA's GPUs have a kernel for small filters that adds the bias and the input as well.
 The best of cuDNN takes as long for the convolution alone, but XLA chooses by short
 trials, and once chose 21 of the 91 ms of a training step.  TPUs have one that does the

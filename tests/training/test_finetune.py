@@ -162,7 +162,8 @@ def test_a_source_that_does_not_exist_is_refused(run, saved):
     for source, message in (("/nowhere/x.pth", "does not exist"), ("/tmp", "holds no")):
         with pytest.raises(UserError, match=message):
             finetune.start_from(source, fresh(run))
-    assert finetune.start_from("", run.init()) is not None
+    state = run.init()
+    assert finetune.start_from("", state) is state
 
 
 # Of timm 1.0.31, param_groups_layer_decay of swin_tiny_patch4_window7_224: how often a
