@@ -1,5 +1,6 @@
 """Host-side data: sources of labelled images, transforms, and batches (no JAX)."""
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.eval_sets import EVAL_SETS, EvalSet, open_eval_set
 from sparx_jax.data.pipeline import (
     UNREADABLE,
@@ -13,6 +14,7 @@ from sparx_jax.data.transforms import decode_image, eval_transform, train_transf
 __all__ = [
     "EVAL_SETS",
     "UNREADABLE",
+    "DataConfig",
     "EvalSet",
     "Source",
     "decode_image",

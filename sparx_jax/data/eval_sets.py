@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.sources import FolderSource, Source
 from sparx_jax.errors import UserError
 
@@ -44,7 +45,7 @@ class EvalSet(NamedTuple):
     """ReaL: the right labels of each image, maybe none; None: the source's own."""
 
 
-def open_eval_set(name: str, data: Any, val: Source) -> EvalSet:
+def open_eval_set(name: str, data: DataConfig, val: Source) -> EvalSet:
     """Opens one of `EVAL_SETS`.
 
     Args:

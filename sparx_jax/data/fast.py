@@ -15,11 +15,11 @@ transform would save 1 % of the decoding and add 0.7 grey levels of difference.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.rand_augment import Draw
 from sparx_jax.data.transforms import Choice, decode_image, make_choose, mean_color
 from sparx_jax.errors import UserError
@@ -42,23 +42,18 @@ _VALUES = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's
 
 
-def fast_train_transform(data: Any) -> tuple[Callable, Callable]:
-    """The training transform in two parts, for `crop` "resized".
-
-    Args:
-      data: as for `transforms.train_transform`.
+def fast_train_transform(data: DataConfig) -> tuple[Callable, Callable]:
+    """The training transform in two parts; `data.crop` must be "resized".
 
     Returns:
       `decode(image, rng) -> (cut, choice)` for an encoded image or an array, and
       `transform((cut, choice), rng)`, which gives the uint8 array.
 
     Raises:
-      UserError: OpenCV or simplejpeg is not installed, or a setting is wrong.
+      UserError: OpenCV or simplejpeg is not installed.
     """
     cv2, _ = _imports()
     cv2.setNumThreads(0)  # each image has a thread or process already
-    if data.crop != "resized":
-        raise UserError("data.decode='fast' needs data.crop='resized'.")
     size = data.image_size
     decode = partial(_decode, choose=make_choose(data), size=size)
     return decode, partial(_transform, size=size, fill=mean_color(data))

@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags, logging
 from PIL import UnidentifiedImageError
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.fast import fast_train_transform
 from sparx_jax.data.sources import Source
 from sparx_jax.data.transforms import (
@@ -35,7 +36,7 @@ UNREADABLE = -1
 
 
 def train_batches(
-    data: Any,
+    data: DataConfig,
     source: Source,
     *,
     batch_size: int,
@@ -51,11 +52,9 @@ def train_batches(
     Each epoch covers each example once; an epoch may end inside of a batch.
 
     Args:
-      data: see `train_transform`; `decode`, "exact" for pixels equal to timm's or
-        "fast" (see `fast.py`); `workers`, the number of processes that prepare
-        batches, 0 for threads of this process; and `max_bad_fraction`, the share of
-        the split that may be unreadable. Workers hand batches over in /dev/shm,
-        which must hold about three local batches for each of them.
+      data: see `train_transform` or, where `decode` is "fast", `fast.py`. Its `workers`
+        hand batches over in /dev/shm, which must hold about three local batches for
+        each of them.
       source: the examples.
       batch_size: of the global batch, over all processes.
       seed: of the order and of the augmentation.
@@ -101,7 +100,7 @@ def train_batches(
 
 
 def eval_batches(
-    data: Any,
+    data: DataConfig,
     source: Source,
     *,
     batch_size: int,
@@ -111,7 +110,7 @@ def eval_batches(
     """Each example once and in order, in equally many and large batches per process.
 
     Args:
-      data: see `eval_transform`; others as in `train_batches`.
+      data: see `eval_transform`.
       source, batch_size, process_index, process_count: as in `train_batches`.
 
     Yields:
@@ -179,7 +178,7 @@ def _read(
 
 
 def too_many_unreadable(
-    count: int, source: Source, data: Any, names: str = "the logs name them"
+    count: int, source: Source, data: DataConfig, names: str = "the logs name them"
 ) -> BadDataError | None:
     """An error if `count` unreadable examples are more than `data` allows."""
     if count <= data.max_bad_fraction * len(source):
@@ -192,7 +191,7 @@ def too_many_unreadable(
 
 
 def _checked(
-    batches: grain.MapDataset, data: Any, source: Source, process_count: int
+    batches: grain.MapDataset, data: DataConfig, source: Source, process_count: int
 ) -> Iterator[Batch]:
     """The batches; logs each unreadable example once, stops at too many of them."""
     bad = {}  # why, by index

@@ -1,12 +1,13 @@
 """Random-access sources of labelled images."""
 
 import os
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from absl import logging
 from PIL import Image
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -27,32 +28,21 @@ class Source(Protocol):
     def name(self, index: int) -> str: ...
 
 
-def open_source(data: Any, split: str) -> Source:
-    """Opens the dataset that the `data` configuration names.
-
-    Args:
-      data: attributes `name` ("digits", "folder" or "tfds"); for digits `image_size`,
-        pixels; for the others `root` and optionally `train_split` and `eval_split`,
-        the names of the splits ("train" and "test" if absent); for tfds `tfds_name`.
-      split: "train" or "eval".
+def open_source(data: DataConfig, split: Literal["train", "eval"]) -> Source:
+    """Opens the part of the data set `data.name` that is for training or evaluation.
 
     Raises:
-      UserError: the name or split is unknown, or `root` does not hold the dataset.
+      UserError: `data.root` does not hold the data set or that part of it.
     """
-    if split not in ("train", "eval"):
-        raise UserError(f"The split is {split!r}: use 'train' or 'eval'.")
     if data.name == "digits":
         return DigitsSource(split, data.image_size)
-    train = getattr(data, "train_split", "train")
-    chosen = train if split == "train" else getattr(data, "eval_split", "test")
+    name = data.train_split if split == "train" else data.eval_split
     if data.name == "folder":
-        return FolderSource(data.root, chosen, train)
-    if data.name == "tfds":
-        # Imported here because it takes seconds that the others need not spend.
-        from sparx_jax.data.tfds_source import TfdsSource
+        return FolderSource(data.root, name, data.train_split)
+    # Imported here because it takes seconds that the others need not spend.
+    from sparx_jax.data.tfds_source import TfdsSource
 
-        return TfdsSource(data.root, data.tfds_name, chosen)
-    raise UserError(f"data.name is {data.name!r}: use 'digits', 'folder' or 'tfds'.")
+    return TfdsSource(data.root, data.tfds_name, name)
 
 
 class DigitsSource:

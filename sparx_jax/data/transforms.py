@@ -4,37 +4,30 @@ import io
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.rand_augment import RESAMPLINGS, Draw, draw_resampling, parse
-from sparx_jax.errors import UserError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height of random resized crops
 
 
-def train_transform(data: Any) -> Callable[[Image.Image, np.random.Generator], Any]:
-    """The augmentation that the `data` configuration describes.
+def train_transform(
+    data: DataConfig,
+) -> Callable[[Image.Image, np.random.Generator], np.ndarray]:
+    """The augmentation of `data`: crop, flip and `rand_augment`, in this order.
 
-    Args:
-      data: attributes `image_size`, pixels; `flip`, whether to mirror half of the
-        images; and `crop`. With "resized", a random part of the image, `scale` =
-        (least, greatest) share of its area, is stretched to the image size, with
-        `interpolation` "bicubic", "bilinear" or, drawn for each image, "random". With
-        "padded", the shorter edge is resized to the image size (if it differs),
-        bicubic, and a random square is cut from the image bordered by `crop_padding`
-        black pixels.
-        Last comes `rand_augment`, "" for none (see `rand_augment.parse`), with the
-        same interpolation; `mean`, from 0 to 1, is the colour of what moves in.
+    With `crop` "resized", a random part of the image is stretched to the image size.
+    With "padded", the shorter edge is resized to the image size (if it differs),
+    bicubic, and a random square is cut from the image bordered by black pixels.
+    `rand_augment` fills what moves in with the mean colour.
 
     Returns:
       A function from (RGB image, generator) to a uint8 array (image_size, image_size,
       3), which draws all its randomness from the generator.
-
-    Raises:
-      UserError: a setting is none of these.
     """
     return partial(
         _augment,
@@ -45,16 +38,14 @@ def train_transform(data: Any) -> Callable[[Image.Image, np.random.Generator], A
     )
 
 
-def make_choose(data: Any) -> Callable[[int, int, np.random.Generator], "Choice"]:
-    """`(width, height, rng) -> Choice`; arguments and errors as `train_transform`."""
-    if data.interpolation not in RESAMPLINGS:
-        choices = ", ".join(map(repr, RESAMPLINGS))
-        raise UserError(f"data.interpolation is {data.interpolation!r}: use {choices}.")
-    box = _by_crop(
-        data,
-        resized=partial(random_crop_box, scale=tuple(data.scale)),
-        padded=partial(random_square, size=data.image_size, padding=data.crop_padding),
-    )
+def make_choose(
+    data: DataConfig,
+) -> Callable[[int, int, np.random.Generator], "Choice"]:
+    """`(width, height, rng) -> Choice`, what `train_transform` draws."""
+    if data.crop == "resized":
+        box = partial(random_crop_box, scale=data.scale)
+    else:
+        box = partial(random_square, size=data.image_size, padding=data.crop_padding)
     return partial(
         _choose,
         box=box,
@@ -64,29 +55,23 @@ def make_choose(data: Any) -> Callable[[int, int, np.random.Generator], "Choice"
     )
 
 
-def mean_color(data: Any) -> tuple[int, ...]:
+def mean_color(data: DataConfig) -> tuple[int, ...]:
     """The mean of the channels in grey levels."""
     return tuple(round(255 * mean) for mean in data.mean)
 
 
-def eval_transform(data: Any) -> Callable[[Image.Image], np.ndarray]:
+def eval_transform(data: DataConfig) -> Callable[[Image.Image], np.ndarray]:
     """Resizes the shorter edge, bicubic, and cuts the centre out.
 
-    Args:
-      data: attributes `image_size`, pixels, and `crop`. With "resized", the shorter
-        edge becomes image_size / `crop_ratio` pixels, rounded down. With "padded" it
-        becomes the image size, as in training, so an image of that size passes
-        unchanged. Source: timm's transforms_imagenet_eval; equal to it in every bit.
+    With `crop` "resized", the shorter edge becomes image_size / `crop_ratio` pixels,
+    rounded down. With "padded" it becomes the image size, as in training, so an image
+    of that size passes unchanged. Source: timm's transforms_imagenet_eval; equal to it
+    in every bit.
 
     Returns:
       A function from an RGB image to a uint8 array (image_size, image_size, 3).
-
-    Raises:
-      UserError: `crop` is neither, or `crop_ratio` is not in (0, 1].
     """
-    ratio = _by_crop(data, resized=data.crop_ratio, padded=1.0)
-    if not 0 < ratio <= 1:
-        raise UserError(f"data.crop_ratio is {ratio}: use a number in (0, 1].")
+    ratio = data.crop_ratio if data.crop == "resized" else 1.0
     edge = math.floor(data.image_size / ratio)
     return partial(_resize_and_crop, edge=edge, size=data.image_size)
 
@@ -189,12 +174,6 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Cuts the central `size` x `size` square; a half pixel rounds to the even one."""
     left, top = (round((length - size) / 2) for length in image.size)
     return image.crop((left, top, left + size, top + size))
-
-
-def _by_crop(data, **choices):
-    if data.crop not in choices:
-        raise UserError(f"data.crop is {data.crop!r}: use 'resized' or 'padded'.")
-    return choices[data.crop]
 
 
 def _choose(width, height, rng, *, box, resamplings, flip, rand_augment):

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from sparx_jax import models
 from sparx_jax.data import (
     UNREADABLE,
+    DataConfig,
     EvalSet,
     Source,
     decode_image,
@@ -298,7 +299,7 @@ def write_report(
 
 
 def wrong_answers(
-    evaluation: Evaluation, source: Source, data: Any, limit: int = 16
+    evaluation: Evaluation, source: Source, data: DataConfig, limit: int = 16
 ) -> list:
     """The most confident mistakes, as images for a report."""
     from sparx_jax.plots import WrongAnswer

@@ -14,12 +14,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
-from sparx_jax.data import decode_image, eval_transform
+from sparx_jax.data import DataConfig, decode_image, eval_transform
 from sparx_jax.data.rand_augment import OPERATIONS, RESAMPLINGS, Draw, parse
 from sparx_jax.data.transforms import Choice, apply_choice, random_crop_box
 
@@ -28,7 +27,7 @@ LAW = parse("rand-m9-mstd0.5-inc1-p1")
 
 
 def evaluate(image, size, ratio):
-    data = SimpleNamespace(image_size=size, crop="resized", crop_ratio=ratio)
+    data = DataConfig(image_size=size, crop_ratio=ratio)
     return eval_transform(data)(image)
 
 

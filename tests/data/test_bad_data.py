@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ class Files:
 
 
 def tolerant(**changes):
-    return SimpleNamespace(**vars(DATA) | {"max_bad_fraction": 0.99} | changes)
+    return replace(DATA, **{"max_bad_fraction": 0.99} | changes)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -301,8 +301,7 @@ def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
 def test_memory_stays_flat():
     """A lost batch in ten would show as 4 MB between the halves."""
     source, before = Numbered(64), shared_memory("psm_")
-    data = SimpleNamespace(**vars(with_workers(1)) | {"rand_augment": ""})
-    data.image_size = 128
+    data = replace(with_workers(1), rand_augment="", image_size=128)
     batches = train_batches(data, source, batch_size=8, seed=0)
     sizes = []
     for step in range(300):

@@ -2,12 +2,12 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from sparx_jax.data import EVAL_SETS, open_eval_set, open_source
+from sparx_jax.data.config import DataConfig
 from sparx_jax.errors import UserError
 from tests.data.shrunken_imagenet import (
     VAL_WNIDS,
@@ -28,7 +28,7 @@ def data(tmp_path):
     write_folders(tmp_path, CLASSES, train_per_class=1, val=7)
     write_eval_sets(tmp_path, v2=V2, a=CLASSES[::3], r=CLASSES[1:3])
     (tmp_path / "real.json").write_text(json.dumps(REAL))
-    return SimpleNamespace(name="folder", root=str(tmp_path), eval_split="val")
+    return DataConfig(name="folder", root=str(tmp_path), eval_split="val")
 
 
 def opened(name, data):
@@ -60,7 +60,7 @@ def test_folders_of_v2_are_labels_whatever_their_order(tmp_path):
         folder = "imagenetv2-matched-frequency-format-val"
         write_picture(tmp_path / folder / str(label) / f"{label}.jpg", VAL_WNIDS[0])
     splits = dict(train_split="val", eval_split="val")
-    data = SimpleNamespace(name="folder", root=str(tmp_path), **splits)
+    data = DataConfig(name="folder", root=str(tmp_path), **splits)
     source = opened("v2", data).source
     assert classes(source) == {f"{i}.jpg": name for i, name in enumerate(many)}
 

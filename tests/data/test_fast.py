@@ -1,17 +1,16 @@
 """The fast training transform: the same draws as the exact one, nearly its pixels."""
 
 import io
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from sparx_jax.data.config import DataConfig
 from sparx_jax.data.fast import fast_train_transform, operate
 from sparx_jax.data.rand_augment import OPERATIONS, Draw
 from sparx_jax.data.transforms import decode_image, train_transform
-from sparx_jax.errors import UserError
 
 pytest.importorskip("cv2")
 pytest.importorskip("simplejpeg")
@@ -20,9 +19,8 @@ MOVES = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 
 
 def config(**changes):
-    defaults = dict(image_size=96, crop="resized", crop_padding=0, scale=(0.08, 1.0))
-    defaults |= dict(interpolation="random", flip=True, rand_augment="")
-    return SimpleNamespace(**defaults | dict(mean=(0.5, 0.4, 0.3)) | changes)
+    defaults = dict(image_size=96, interpolation="random", mean=(0.5, 0.4, 0.3))
+    return DataConfig(**defaults | changes)
 
 
 def encoded(number, format="JPEG"):
@@ -87,8 +85,3 @@ def test_truncated_files_are_rejected(share):
     image = encoded(0)
     with pytest.raises(OSError, match=r"truncated|cannot identify"):
         decode(image[: int(share * len(image))], np.random.default_rng(0))
-
-
-def test_other_crops_are_refused():
-    with pytest.raises(UserError, match=r"data\.crop='resized'"):
-        fast_train_transform(config(crop="padded"))

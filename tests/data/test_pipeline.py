@@ -1,15 +1,15 @@
 """Laws of the batches: position, coverage, and sharing between processes."""
 
+from dataclasses import replace
 from itertools import islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sparx_jax.data import eval_batches, open_source, train_batches
+from sparx_jax.data import DataConfig, eval_batches, open_source, train_batches
 from sparx_jax.errors import UserError
 
-DATA = SimpleNamespace(
+DATA = DataConfig(
     name="digits",
     decode="exact",
     image_size=16,
@@ -27,7 +27,7 @@ DATA = SimpleNamespace(
 
 
 def with_workers(workers):
-    return SimpleNamespace(**vars(DATA) | {"workers": workers})
+    return replace(DATA, workers=workers)
 
 
 class Numbered:

@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from sparx_jax.data import open_eval_set, open_source, prepare
+from sparx_jax.data import DataConfig, open_eval_set, open_source, prepare
 from sparx_jax.errors import UserError
 from tests.data.shrunken_imagenet import (
     VAL_WNIDS,
@@ -52,11 +51,11 @@ def prepared(tmp_path_factory):
 
 def tfds(root, split="train", name="imagenet2012"):
     splits = dict(train_split=split, eval_split=split)
-    return SimpleNamespace(name="tfds", root=str(root), tfds_name=name, **splits)
+    return DataConfig(name="tfds", root=str(root), tfds_name=name, **splits)
 
 
 def folder(root):
-    return SimpleNamespace(name="folder", root=str(root), eval_split="val")
+    return DataConfig(name="folder", root=str(root), eval_split="val")
 
 
 def contents(source):
@@ -132,12 +131,12 @@ def test_two_preparations_of_a_set_do_not_meet(tmp_path):
 
 def test_reading_needs_no_tensorflow(prepared):
     code = (
-        "import sys, importlib.util; from types import SimpleNamespace;"
-        "from sparx_jax.data import open_source, eval_batches;"
+        "import sys, importlib.util;"
+        "from sparx_jax.data import DataConfig, open_source, eval_batches;"
         "assert importlib.util.find_spec('tensorflow');"  # it is there to be imported
-        f"data = SimpleNamespace(name='tfds', root={str(prepared.tfds)!r},"
-        "  tfds_name='imagenet2012', image_size=32, crop='resized', crop_ratio=1.0,"
-        "  mean=(0.5, 0.5, 0.5), max_bad_fraction=0.0, workers=0);"
+        f"data = DataConfig(name='tfds', root={str(prepared.tfds)!r},"
+        "  tfds_name='imagenet2012', image_size=32, crop_ratio=1.0,"
+        "  max_bad_fraction=0.0);"
         "next(eval_batches(data, open_source(data, 'train'), batch_size=4));"
         "sys.exit('tensorflow' in sys.modules)"
     )
