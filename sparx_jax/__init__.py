@@ -6,9 +6,17 @@ _HOME = {
     "create_model": "sparx_jax.models",
     "list_models": "sparx_jax.models",
     "load_torch_weights": "sparx_jax.interop",
+    "read_torch_file": "sparx_jax.interop",
+    "torch_state_dict": "sparx_jax.interop",
 }
 
-__all__ = ["create_model", "list_models", "load_torch_weights"]
+__all__ = [
+    "create_model",
+    "list_models",
+    "load_torch_weights",
+    "read_torch_file",
+    "torch_state_dict",
+]
 
 
 def __getattr__(name):

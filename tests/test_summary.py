@@ -1,6 +1,7 @@
 """The table of models says what the papers say and counts what it claims to count."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import sparx_jax
 from sparx_jax import ops, summary
 from sparx_jax.errors import UserError
 from sparx_jax.models import list_models, model_config
@@ -288,3 +290,9 @@ def test_the_readme_has_the_current_table():
     _, _, rest = README.read_text().partition("<!-- summary -->\n")
     written = rest.partition("<!-- /summary -->")[0].strip()
     assert written == summary.table(select("*"), markdown=True)
+
+
+def test_the_package_offers_what_the_readme_calls():
+    called = set(re.findall(r"sparx_jax\.(\w+)\(", README.read_text()))
+    assert called and called <= set(sparx_jax.__all__)
+    assert all(callable(getattr(sparx_jax, name)) for name in sparx_jax.__all__)

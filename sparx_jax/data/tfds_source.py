@@ -38,9 +38,10 @@ class TfdsSource:
         try:
             info = tfds.builder_from_directory(folder).info
         except Exception as error:  # of its own and of protobuf's kinds
+            why = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{folder} cannot be read ({str(error).splitlines()[0]}): copy it "
-                "there again or prepare it anew."
+                f"{folder} cannot be read ({why}): copy it there again or prepare it "
+                "anew."
             ) from error
         if info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
             raise UserError(
