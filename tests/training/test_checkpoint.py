@@ -153,7 +153,9 @@ def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
         else:
             assert digest(state) == whole
     checkpoints.close()
-    assert any(re.search(r"optimizer 0/[mn]u/[\w.]+\.kernel", t) for t in told), told
+    # Which arrays lie at those places differs from save to save.
+    named = re.findall(r"optimizer 0/[mn]u/([\w.]+) (?:and|differs)", " ".join(told))
+    assert named and set(named) <= run.init().weights.params.keys(), told
 
 
 def test_training_goes_on_from_the_step_before_with_the_same_bits(
