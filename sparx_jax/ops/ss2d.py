@@ -14,6 +14,8 @@ from sparx_jax.typing import Array, Float
 
 MapScanMethod = Literal["auto", ScanMethod, "loop", "mosaic_tpu", "triton_gpu"]
 SCAN_METHODS: tuple[str, ...] = get_args(MapScanMethod)
+# Methods that are kernels: their platform and module.
+KERNELS = {"mosaic_tpu": ("tpu", mosaic_tpu), "triton_gpu": ("cuda", triton_gpu)}
 
 
 def ss2d(
@@ -71,9 +73,6 @@ def ss2d(
         if method == kernel:
             return module.four_scans(*operands)
         return by_platform(*operands, default=scans, **{platform: module.four_scans})
-
-
-KERNELS = {"mosaic_tpu": ("tpu", mosaic_tpu), "triton_gpu": ("cuda", triton_gpu)}
 
 
 def _kernel(x, x_proj, a) -> str | None:

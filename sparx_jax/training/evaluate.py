@@ -89,10 +89,10 @@ def evaluate_split(
         raise error
     if unreadable:
         say(f"left out: {unreadable} of {len(source):,} examples, which are unreadable")
-    return [_evaluation(found) for found in results]
+    return [_evaluation(found, unreadable) for found in results]
 
 
-def _evaluation(results):
+def _evaluation(results, unreadable):
     """That of the sums and answers of all batches."""
 
     def total(name):
@@ -109,7 +109,7 @@ def _evaluation(results):
         100 * total("top1") / examples,
         100 * total("top5") / examples,
         int(examples),
-        int(np.sum(answers("label") == UNREADABLE)),
+        int(unreadable),
         *(answers(name) for name in ("label", "predicted", "probability")),
     )
 

@@ -234,7 +234,8 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         ) from None
     except BadDataError:
         # Files can be mended.  Of several processes this may be the only one here.
-        if jax.process_count() == 1 and checkpoints.latest_step() != int(state.step):
+        new = int(state.step) > (checkpoints.latest_step() or 0)
+        if new and jax.process_count() == 1:
             save(None)
             checkpoints.wait()
         raise
