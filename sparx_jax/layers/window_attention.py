@@ -65,8 +65,8 @@ class WindowAttention(nnx.Module):
 
     def _attend(self, tokens, rows, columns):
         b, windows, n, _ = tokens.shape
-        tokens = tokens.reshape(b, windows, n, 3, self.heads, -1)
-        query, key, value = (tokens[:, :, :, i] for i in range(3))
+        shape = b, windows, n, self.heads, -1
+        query, key, value = (x.reshape(shape) for x in jnp.split(tokens, 3, -1))
         query = query * query.shape[-1] ** -0.5
         scores = jnp.einsum(
             "bwqhc,bwkhc->bwhqk", query, key, preferred_element_type=jnp.float32

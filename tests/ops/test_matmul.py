@@ -7,16 +7,17 @@ import pytest
 
 from sparx_jax.ops import matmul
 
-X = np.random.default_rng(0).standard_normal((2, 5, 3, 6), np.float32)
-KERNEL = np.random.default_rng(1).standard_normal((6, 512), np.float32)
+X = np.random.default_rng(0).standard_normal((2, 5, 3, 1024), np.float32)
+KERNEL = np.random.default_rng(1).standard_normal((1024, 1024), np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pixels", [(2, 5, 3), (30,)])
-@pytest.mark.parametrize("dim", [4, 512])
-def test_values_and_gradients_are_those_of_jax(pixels, dtype, dim):
-    x = jnp.asarray(X.reshape(*pixels, 6), dtype)
-    kernel = jnp.asarray(KERNEL[:, :dim], dtype)
+@pytest.mark.parametrize("dim, out_dim", [(6, 4), (6, 1024), (512, 6), (1024, 1024)])
+def test_values_and_gradients_are_those_of_jax(pixels, dtype, dim, out_dim):
+    """Also where CPU rows are wider than asked for: of whole half pages."""
+    x = jnp.asarray(X[..., :dim].reshape(*pixels, dim), dtype)
+    kernel = jnp.asarray(KERNEL[:dim, :out_dim], dtype)
     (y, vjp), (expected, reference) = (
         jax.vjp(function, x, kernel) for function in (matmul, jnp.matmul)
     )
@@ -35,7 +36,7 @@ def test_gradients_keep_the_precision_of_the_product():
             return matmul(x, kernel).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(X, KERNEL))
-    # Gradient of x and, for each platform, of the kernel.
+    # The product and its two gradients, for some platforms apart.
     assert text.count("dot_general") == text.count("precision=(Precision.HIGHEST") >= 3
 
 
