@@ -171,7 +171,7 @@ def show_predicted(compiled, rows):
                 if (row["model"], row["kind"]) == (compiled["model"], kind)
                 and row["part"] == "all"
             ]
-            if kind and ceiling:
+            if kind and ceiling and "predicted_s" in step:
                 ms = 1e3 * step["predicted_s"]["schedule"]
                 print(
                     f"{compiled['model']}, {kind}: {ms:.0f} ms predicted of the "

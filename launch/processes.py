@@ -38,7 +38,10 @@ def main():
     options = parser.parse_args()
     if options.n < 1:
         _fail(f"N={options.n} must be at least 1, the number of processes")
-    options.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        options.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _fail(f"--logs={options.logs} cannot be made a folder: {error.strerror}")
     sys.exit(run(options.n, options.program, options.logs, options.grace))
 
 

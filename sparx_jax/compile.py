@@ -231,6 +231,9 @@ def report(
     """
     count = len(devices)
     base = from_config_dict(settings)
+    for remat in remats:  # all are checked before the first is compiled
+        settings.model.remat = remat
+        from_config_dict(settings)
     if base.batch_size % count or base.eval_batch_size % count:
         raise UserError(
             f"config.batch_size={base.batch_size} and eval_batch_size="

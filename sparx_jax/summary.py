@@ -152,7 +152,9 @@ def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
             total += PRODUCTS[kind](eqn)
         else:
             inner = [count_macs(j, inside) for j in inner_jaxprs(eqn.params)]
-            if kind == "cond":  # a platform's choice: the CPU's has no convolution
+            if "branches_platforms" in eqn.params:  # the default's are as written
+                inner = inner[-1:]
+            elif kind == "cond":
                 inner = [max(inner)]
             if kind == "while" and any(inner):
                 raise NotImplementedError("products in a loop of unknown length")

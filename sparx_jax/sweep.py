@@ -267,6 +267,8 @@ class _Running:
 
 def _train(running, point):
     """Whether train.py ended well; what it prints goes to train.log."""
+    if running.stopped:
+        return False
     start = time.perf_counter()
     point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / "train.log"

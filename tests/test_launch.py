@@ -143,12 +143,12 @@ def test_a_command_is_restarted_on_the_right_exit_codes_only(bench, code):
 
 def test_restarts_are_counted_and_the_last_code_is_told(bench):
     bench.program("trainer", "echo >>lives; exit 137")
-    done = bench.run("restart.sh", "--restarts=2", "trainer")
+    done = bench.run("restart.sh", "--restarts=08", "trainer")
     assert done.returncode == 137
-    assert len((bench.folder / "lives").read_text()) == 3
+    assert len((bench.folder / "lives").read_text()) == 9
     assert done.stderr.splitlines() == [
-        "launch: exit code 137, starting again (1 restarts left)",
-        "launch: exit code 137, starting again (0 restarts left)",
+        f"launch: exit code 137, starting again ({left} restarts left)"
+        for left in range(7, -1, -1)
     ]
 
 
@@ -244,6 +244,7 @@ def test_a_preempted_rehearsal_saves_in_all_processes_and_leaves_no_orphan(bench
         (["local.sh"], "required: n, program"),
         (["local.sh", "0", "--", "train.py"], "N=0 must be at least 1"),
         (["local.sh", "two", "--", "train.py"], "invalid int value: 'two'"),
+        (["local.sh", "2", "--logs=/dev/null", "--", "a"], "cannot be made a folder"),
         (["local.sh", "2", "--restarts=x", "--", "a"], "--restarts=x must be a number"),
         (["restart.sh"], "no command: give one"),
         (["detach.sh"], "no command: give one"),

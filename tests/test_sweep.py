@@ -217,6 +217,7 @@ def test_a_signal_stops_the_points_once_they_have_saved(tmp_path, monkeypatch, n
         sweep.train_all(points, 2)
     assert signal.getsignal(number) == before
     assert [(p.folder / "saved").exists() for p in points] == [True, True, False]
+    assert not points[2].folder.exists(), "it was not started"
 
 
 def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):

@@ -49,8 +49,10 @@ def selective_scan(
             f"{len(dt)} directions, {len(reverse)} entries in reverse={reverse}"
         )
     operands = x, dt, a, b, c, d
-    scan = _sequential if method == "sequential" else _associative
-    return scan(*operands, reverse=reverse)
+    scans = dict(sequential=_sequential, associative=_associative)
+    if method not in scans:
+        raise ValueError(f"scan method {method!r} is none of {', '.join(scans)}")
+    return scans[method](*operands, reverse=reverse)
 
 
 def _sequential(x, dt, a, b, c, d, *, reverse):

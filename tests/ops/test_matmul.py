@@ -28,6 +28,21 @@ def test_values_and_gradients_are_those_of_jax(pixels, dtype, dim, out_dim):
         assert error <= limit * np.abs(np.asarray(want, np.float32)).max()
 
 
+def test_gradients_of_two_dtypes_and_of_no_pixels():
+    """The rows of the kernel are not the rows of the map then."""
+    kernel = jnp.asarray(KERNEL[:512, :512], "bfloat16")
+    for x in (jnp.asarray(X[..., :512]), jnp.zeros((0, 3, 512))):
+        grads = [
+            jax.grad(lambda *args, f=f: f(*args).sum(), (0, 1))(x, kernel)
+            for f in (matmul, jnp.matmul)
+        ]
+        for got, want in zip(*grads, strict=True):
+            assert got.dtype == want.dtype and got.shape == want.shape
+            np.testing.assert_allclose(
+                *(np.asarray(t, np.float32) for t in (got, want)), rtol=0.02, atol=1e-3
+            )
+
+
 def test_gradients_keep_the_precision_of_the_product():
     """JAX's setting is gone when it asks for the gradient."""
 

@@ -4,6 +4,7 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -205,3 +206,9 @@ def test_step_size_and_slope_are_accurate_at_both_ends():
 def test_reverse_has_one_entry_a_direction():
     with pytest.raises(ValueError, match="2 directions, 1 entries"):
         selective_scan(*operands(3, 1, 2), reverse=(True,))
+
+
+def test_unknown_methods_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="'loop' is none of sequential, associative"):
+        selective_scan(*operands(3, 1, 1), method="loop")
