@@ -14,7 +14,7 @@ transform would save 1 % of the decoding and add 0.7 grey levels of difference.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image
@@ -52,13 +52,13 @@ def fast_train_transform(data: DataConfig) -> tuple[Callable, Callable]:
     Raises:
       UserError: OpenCV or simplejpeg is not installed.
     """
-    cv2, _ = _imports()
-    cv2.setNumThreads(0)  # each image has a thread or process already
+    _imports()  # or what is missing is told late
     size = data.image_size
     decode = partial(_decode, choose=make_choose(data), size=size)
     return decode, partial(_transform, size=size, fill=mean_color(data))
 
 
+@cache
 def _imports():
     try:
         import cv2
@@ -68,6 +68,7 @@ def _imports():
             "data.decode='fast' needs OpenCV and simplejpeg: pip install "
             "opencv-python-headless simplejpeg, or set data.decode='exact'."
         ) from error
+    cv2.setNumThreads(0)  # each image has a thread or process already
     return cv2, simplejpeg
 
 

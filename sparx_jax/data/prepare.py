@@ -14,7 +14,6 @@ shuffles it as a whole; what is left of the interrupted run is removed.
 """
 
 import argparse
-import fcntl
 import importlib.util
 import os
 import shutil
@@ -24,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparx_jax.errors import UserError
+from sparx_jax.locks import lock
 
 
 def prepare(name: str, root: str, archives: str | None = None) -> str:
@@ -79,19 +79,17 @@ def _alone(folder: Path) -> Iterator[None]:
     """Holds a lock, so that nobody removes what another process is writing."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
+        file = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
         raise UserError(
             f"{folder.parent} cannot be made or written ({error.strerror}): give a "
             "--root that may be written."
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    with file:
+        if not lock(file):
             raise UserError(
                 f"Another process is preparing {folder}: wait for it to end."
-            ) from error
+            )
         yield
 
 

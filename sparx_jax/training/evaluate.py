@@ -28,6 +28,7 @@ from sparx_jax.data import (
 )
 from sparx_jax.errors import DamagedError, StorageError, UserError
 from sparx_jax.parallel import put_batch, state_shardings
+from sparx_jax.parallel.processes import together
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import Config, as_dict, changes
@@ -146,7 +147,7 @@ def evaluate_checkpoint(
     watch = Stopwatch()
     with closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         checkpoints.find(step)  # or the folder is told before the data set
-        config, _, source, mesh = prepare(settings)
+        config, _, source, mesh = together(lambda: prepare(settings))
         network, like = states.split(models.build(config.model, config.seed))
         like = jax.device_put(like, state_shardings(like, mesh))
         number, weights, restored = _restore(
@@ -154,7 +155,9 @@ def evaluate_checkpoint(
         )
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
-    sets = {name: open_eval_set(name, config.data, source) for name in datasets}
+    sets = together(
+        lambda: {name: open_eval_set(name, config.data, source) for name in datasets}
+    )
     watch.lap("restoring")
     results, to_draw = [], None
     for at_size in configs:

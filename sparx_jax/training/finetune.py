@@ -11,6 +11,7 @@ from sparx_jax.errors import UserError
 from sparx_jax.interop.names import from_torch, skeleton, torch_name
 from sparx_jax.interop.torch_files import read_torch_file
 from sparx_jax.interop.windows import resize_position_bias
+from sparx_jax.parallel.processes import together
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.logging import say
@@ -44,17 +45,12 @@ def start_from(
     if not source:
         return state
     own = state.weights.params | state.weights.batch_stats
-    path = Path(source).absolute()
-    if not path.exists():
-        raise UserError(
-            f"config.init_from is {source!r}, which does not exist: give a run's "
-            "folder, one of its checkpoints, or a .pth or .safetensors file."
-        )
+    path = together(lambda: _existing(source))
     if path.is_dir():
         arrays, what, meta = _from_run(path, state.step.sharding)
         other = other_class(meta, class_names)
     else:
-        arrays, what, other = _from_torch(path, own), source, ""
+        arrays, what, other = together(lambda: _from_torch(path, own)), source, ""
     fitted, new_head = _fit(arrays, own, source, other)
     there = arrays["head.bias"].size if "head.bias" in arrays else "no"
     why = other or f"{there} classes there, {own['head.bias'].size} here"
@@ -69,6 +65,16 @@ def start_from(
         )
 
     return state._replace(weights=placed(), ema=placed() if state.ema else None)
+
+
+def _existing(source):
+    path = Path(source).absolute()
+    if not path.exists():
+        raise UserError(
+            f"config.init_from is {source!r}, which does not exist: give a run's "
+            "folder, one of its checkpoints, or a .pth or .safetensors file."
+        )
+    return path
 
 
 def _from_run(path, sharding):

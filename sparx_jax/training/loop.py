@@ -178,9 +178,10 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         if unevaluated:
             step -= 1  # of this step only the evaluation is left
         while step < lengths.total_steps:
+            # Before it counts as a step: there may be no batch.
+            batch = put_batch(next(batches), mesh) if step >= start else None
             step += 1
             if step > start:
-                batch = put_batch(next(batches), mesh)
                 # While the device is busy with the last step nothing waits for data.
                 idle = window.is_idle()
                 waited = goodput.lap("data" if idle else "steps") * idle
@@ -325,12 +326,13 @@ class _Window:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self._config.max_skipped_steps:
             saved = self._checkpoints.latest_step()
+            last = f"the last checkpoint is that of step {saved}"
             raise NonFiniteLossError(
                 f"loss or gradient was not finite in {self._skipped_in_a_row} steps in "
                 f"a row, up to step {step:,} (loss {metrics['train_loss']}, gradient "
                 f"norm {metrics['grad_norm']}, learning rate "
                 f"{metrics['learning_rate']:.3g}): lower the learning rate or look at "
-                f"the data; the last checkpoint is that of step {saved}."
+                f"the data; {last if saved else 'there is no checkpoint yet'}."
             )
         return metrics
 

@@ -1,10 +1,10 @@
 """The folder of a run: made, held by one trainer at a time, its settings written."""
 
-import fcntl
 import json
 import os
 import platform
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from sparx_jax.errors import BusyError, UserError
+from sparx_jax.locks import lock
 from sparx_jax.parallel.processes import together
 from sparx_jax.training.config import Config, as_dict
 
@@ -24,12 +25,14 @@ def held(workdir: str) -> Iterator[None]:
     """Makes the folder and keeps other trainers out of it until the end.
 
     The lock ends with its process, however that dies.  On file systems without locks
-    between machines it keeps out those of this machine only.
+    between machines it keeps out those of this machine only, without any nobody.
 
-    Raises UserError if the folder cannot be made, BusyError if it is taken.
+    Raises UserError if the folder cannot be made or is not the same for all processes,
+    BusyError if it is taken.
     """
     file = together(lambda: _lock(workdir))
     try:
+        together(lambda: _check_shared(workdir))
         yield
     finally:
         if file is not None:
@@ -56,20 +59,31 @@ def _lock(workdir):
             f"--workdir={workdir} cannot be made or written ({error.strerror}): give "
             "the path of a folder that may be written."
         ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock(file):
         file.seek(0)
         holder = file.read().strip()
         file.close()
         raise BusyError(
             f"--workdir={workdir} is in use by {holder or 'another trainer'}: wait for "
             "it, stop it, or give another --workdir."
-        ) from None
+        )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
+
+
+def _check_shared(workdir):
+    """Or the first save would wait for the other processes in vain."""
+    path = Path(workdir) / "lock"  # process 0 has made it
+    for _ in range(60):  # network file systems remember for a while what was missing
+        if path.exists():
+            return
+        time.sleep(1)
+    raise UserError(
+        f"process {jax.process_index()} does not see {path}, which process 0 has made: "
+        "give a --workdir that all hosts share."
+    )
 
 
 def replace_text(path: Path, text: str) -> None:

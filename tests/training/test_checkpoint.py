@@ -1,5 +1,8 @@
 """Laws of what is on disk: damage is found and named, and an older step serves."""
 
+import errno
+import fcntl
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,8 +13,9 @@ import numpy as np
 import pytest
 
 from sparx_jax.data.sources import DigitsSource
-from sparx_jax.errors import DamagedError, StorageError, UserError
+from sparx_jax.errors import BusyError, DamagedError, StorageError, UserError
 from sparx_jax.training import loop
+from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import as_dict
 from sparx_jax.training.evaluate import evaluate_checkpoint
@@ -217,12 +221,29 @@ def test_of_a_checkpoint_without_names_nothing_is_told():
 
 
 def test_a_second_trainer_is_refused(finished):
-    from sparx_jax.errors import BusyError
-    from sparx_jax.training import workdir as workdirs
-
     with workdirs.held(finished), pytest.raises(BusyError, match=r"by process \d+ on"):
         loop.train(tiny_settings(), finished)
     loop.train(tiny_settings(), finished)  # the lock is gone
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_systems_without_locks_are_told(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with workdirs.held(str(tmp_path)):
+        assert "lock cannot be locked" in capsys.readouterr().out
+
+
+def test_folders_that_the_processes_do_not_share_are_told(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(workdirs.time, "sleep", waits.append)
+    with pytest.raises(UserError, match=r"process 0 does not see .*all hosts share"):
+        workdirs._check_shared(str(tmp_path))
+    assert sum(waits) == 60
+    (tmp_path / "lock").touch()
+    workdirs._check_shared(str(tmp_path))
 
 
 def test_a_write_that_fails_is_told_at_the_next_save(run, tmp_path, monkeypatch):

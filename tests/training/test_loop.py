@@ -1,7 +1,10 @@
 """Laws of whole runs: resuming, checkpoints, evaluation, what stands in the files."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +12,12 @@ import numpy as np
 import pytest
 
 from sparx_jax import sweep
-from sparx_jax.errors import BadDataError, StorageError, UserError
+from sparx_jax.errors import (
+    BadDataError,
+    NonFiniteLossError,
+    StorageError,
+    UserError,
+)
 from sparx_jax.training import evaluate, loop
 from sparx_jax.training.checkpoint import Checkpoints
 from sparx_jax.training.config import as_dict
@@ -18,6 +26,7 @@ from sparx_jax.training.evaluate import (
     evaluate_split,
     wrong_answers,
 )
+from sparx_jax.training.goodput import read_sessions
 from sparx_jax.training.logging import MetricsLog, read_metrics
 from tests.training.conftest import digest, tiny_settings
 
@@ -281,6 +290,35 @@ def test_what_was_trained_is_saved_when_the_test_images_cannot_be_read(
     loop.train(settings, str(tmp_path))  # mended: only the evaluation is left
     assert "going on after step 12" in capsys.readouterr().out
     assert "top1" in read_metrics(str(tmp_path))[-1]
+
+
+def test_a_step_without_a_batch_is_no_step(tmp_path, monkeypatch):
+    train_batches = loop.train_batches
+
+    def two_batches(*args, **kwargs):
+        with contextlib.closing(train_batches(*args, **kwargs)) as batches:
+            yield from itertools.islice(batches, 2)
+        raise BadDataError("3 of 10 examples cannot be read")
+
+    monkeypatch.setattr(loop, "train_batches", two_batches)
+    with pytest.raises(BadDataError):
+        loop.train(tiny_settings(), str(tmp_path))
+    assert [p.name for p in (tmp_path / "checkpoints").glob("[0-9]*")] == ["2"]
+    (session,) = read_sessions(str(tmp_path))
+    assert session["to_step"] == 2
+
+
+@pytest.mark.parametrize(
+    "saved, told", [(40, "is that of step 40"), (None, "there is no checkpoint yet")]
+)
+def test_a_run_that_diverges_tells_what_is_saved(run, saved, told):
+    checkpoints = types.SimpleNamespace(latest_step=lambda: saved)
+    config = dataclasses.replace(run.config, max_skipped_steps=0)
+    window = loop._Window(config, None, checkpoints, range(10))
+    names = "train_loss", "unreadable", "learning_rate", "grad_norm"
+    metrics = dict.fromkeys(names, jnp.zeros(())) | {"skipped": jnp.ones(())}
+    with pytest.raises(NonFiniteLossError, match=told):
+        window._read(metrics, 1)
 
 
 def test_another_number_of_training_images_is_told(tmp_path, run):
