@@ -75,10 +75,7 @@ def _collect(jaxpr, scopes, found):
             else:
                 macs = summary.PRODUCTS["conv_general_dilated"](eqn)
         else:
-            inner = summary.inner_jaxprs(eqn.params)
-            if kind == "cond":  # a platform's choice: XLA's form comes last
-                inner = inner[-1:]
-            for jaxpr in inner:
+            for jaxpr in summary.inner_jaxprs(eqn.params):
                 _collect(jaxpr, inside, found)
             continue
         avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]

@@ -13,7 +13,7 @@ if [[ ${1-} == --restarts=* ]]; then
   shift
 fi
 [[ $left =~ ^[0-9]+$ ]] || die "--restarts=$left must be a number; 0 for none."
-left=$((10#$left)) # 08 is no octal number
+left=$((10#$left)) # or bash would read 08 as an octal number
 (($#)) || die "no command: give one, such as launch/restart.sh python train.py ..."
 
 supervise "$@"

@@ -10,8 +10,8 @@ _NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP
 def lock(file: IO) -> bool:
     """Locks an open file until it is closed; False if another process holds it.
 
-    A file system may have no locks, as Lustre without its option `flock`: it says so
-    and takes the file for free.
+    Where the file system has no locks, as Lustre without its option `flock`, a line is
+    printed and the file counts as locked.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -20,5 +20,9 @@ def lock(file: IO) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"{file.name} cannot be locked: nothing may be started here twice.")
+        print(
+            f"{file.name} cannot be locked, this file system has no locks: see to it "
+            "that nothing else writes to its folder.",
+            flush=True,
+        )
     return True

@@ -152,9 +152,7 @@ def count_macs(jaxpr: core.Jaxpr, scopes: str = "") -> int:
             total += PRODUCTS[kind](eqn)
         else:
             inner = [count_macs(j, inside) for j in inner_jaxprs(eqn.params)]
-            if "branches_platforms" in eqn.params:  # the default's are as written
-                inner = inner[-1:]
-            elif kind == "cond":
+            if kind == "cond":
                 inner = [max(inner)]
             if kind == "while" and any(inner):
                 raise NotImplementedError("products in a loop of unknown length")
@@ -179,10 +177,11 @@ PRODUCTS = {"dot_general": _matrix_macs, "conv_general_dilated": _convolution_ma
 
 
 def inner_jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
-    """Those that an equation calls."""
+    """Those that an equation calls; of several platforms' the default, the last."""
     kinds = (core.ClosedJaxpr, core.Jaxpr)
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, kinds))
-    return [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]
+    found = [getattr(x, "jaxpr", x) for x in leaves if isinstance(x, kinds)]
+    return found[-1:] if params.get("branches_platforms") else found
 
 
 def table(

@@ -253,9 +253,7 @@ class _Running:
             process.terminate()
 
     def run(self, command, file):
-        """Its exit code; None if it is not to start any more."""
-        if self.stopped:
-            return None
+        """Its exit code."""
         # In a group of its own, or Ctrl-C would end it before it has saved.
         options = dict(stdout=file, stderr=subprocess.STDOUT, process_group=0)
         with subprocess.Popen(command, **options) as process:

@@ -143,7 +143,7 @@ def test_a_command_is_restarted_on_the_right_exit_codes_only(bench, code):
 
 def test_restarts_are_counted_and_the_last_code_is_told(bench):
     bench.program("trainer", "echo >>lives; exit 137")
-    done = bench.run("restart.sh", "--restarts=08", "trainer")
+    done = bench.run("restart.sh", "--restarts=08", "trainer")  # 8, not octal
     assert done.returncode == 137
     assert len((bench.folder / "lives").read_text()) == 9
     assert done.stderr.splitlines() == [

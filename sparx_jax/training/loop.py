@@ -178,10 +178,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         if unevaluated:
             step -= 1  # of this step only the evaluation is left
         while step < lengths.total_steps:
-            # Before it counts as a step: there may be no batch.
-            batch = put_batch(next(batches), mesh) if step >= start else None
             step += 1
             if step > start:
+                batch = put_batch(next(batches), mesh)
                 # While the device is busy with the last step nothing waits for data.
                 idle = window.is_idle()
                 waited = goodput.lap("data" if idle else "steps") * idle
@@ -234,8 +233,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
             "command goes on from there."
         ) from None
     except BadDataError:
+        step = int(state.step)  # the one before, if it was this batch
         # Files can be mended.  Of several processes this may be the only one here.
-        new = int(state.step) > (checkpoints.latest_step() or 0)
+        new = step > (checkpoints.latest_step() or 0)
         if new and jax.process_count() == 1:
             save(None)
             checkpoints.wait()

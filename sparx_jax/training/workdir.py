@@ -25,7 +25,7 @@ def held(workdir: str) -> Iterator[None]:
     """Makes the folder and keeps other trainers out of it until the end.
 
     The lock ends with its process, however that dies.  On file systems without locks
-    between machines it keeps out those of this machine only, without any nobody.
+    between machines it keeps out those of this machine only, on those without any none.
 
     Raises UserError if the folder cannot be made or is not the same for all processes,
     BusyError if it is taken.
@@ -74,7 +74,7 @@ def _lock(workdir):
 
 
 def _check_shared(workdir):
-    """Or the first save would wait for the other processes in vain."""
+    """Otherwise the processes would wait for each other's files in the first save."""
     path = Path(workdir) / "lock"  # process 0 has made it
     for _ in range(60):  # network file systems remember for a while what was missing
         if path.exists():
