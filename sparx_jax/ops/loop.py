@@ -1,10 +1,10 @@
 """The four scans of a map on CPUs: a loop over its lines, with a hand-written gradient.
 
-A line is a row or a column.  The scan along the rows and the one backwards go through
-the map at once, from its two ends, each with a line at a time: all that a line's tokens
-need is made for them together, then a loop over the tokens has only the recurrence.
-Step sizes exist for two lines only.  Kept for the gradient: the inputs, and the state
-before each line.  Shapes have l lines of t tokens.
+A line is a row or a column, or an equal part of one.  The scan along the rows and the
+one backwards go through the map at once, from its two ends, each with a line at a time:
+all that a line's tokens need is made for them together, then a loop over the tokens has
+only the recurrence.  Step sizes exist for two lines only.  Kept for the gradient: the
+inputs, and the state before each line.  Shapes have l lines of t tokens.
 
 XLA:CPU would fuse all this anew wherever it is used, into code without vector
 instructions.  So it is written into memory that the loop over the lines carries, one
@@ -22,7 +22,12 @@ from sparx_jax.ops.scan import softplus_and_sigmoid
 from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
 
+LINE_BYTES = 128 * 1024
+
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+# XLA:CPU writes in place only what is read at the very same indices: no selects.
+_read = partial(lax.dynamic_slice, allow_negative_indices=False)
+_write = partial(lax.dynamic_update_slice, allow_negative_indices=False)
 
 
 class _Way(NamedTuple):
@@ -78,35 +83,57 @@ def _prepare(p, dt_proj, dt_bias, a, *, axis):
     ways = slice(axis - 1, None, 2)  # rows are 0 and 2, columns 1 and 3
     weights = skewed(jnp.concatenate([dt_proj[ways], dt_bias[ways][:, None]], 1))
     p = p.astype(jnp.float32).reshape(batch, height, width, 4, -1)[..., ways, :]
-    p = p.transpose(axis, 3, 0, 3 - axis, 4)  # l 2 b t e
+    tokens = _tokens(p.shape[3 - axis], batch * a[0].size)
+    p = jnp.moveaxis(p, axis, 1).reshape(batch, -1, tokens, 2, p.shape[-1])
+    p = p.transpose(1, 3, 0, 2, 4)  # l 2 b t e
     p = jnp.stack([p[:, 0], p[::-1, 1, :, ::-1]], 1)
     r, n = dt_proj.shape[1], a.shape[-1]
     z = jnp.concatenate([p[..., :r], jnp.ones_like(p[..., :1])], -1)
-    z = z.reshape(height if axis == 1 else width, 2, -1, r + 1)
+    z = z.reshape(len(z), 2, -1, r + 1)
     bc = p[..., r:].reshape(*p.shape[:-1], 2, n)
     a = jnp.swapaxes(a[ways], 1, 2)[:, None, None]
     return jax.tree.map(lambda t: t.astype(jnp.float32), _Way(z, bc, weights, a))
+
+
+def _tokens(side, size):
+    """Tokens of a line: equal parts of a row or column of `side`; a token has `size`.
+
+    Some ten arrays of two lines are in use at once and should stay in a core's cache.
+    Fewer than 7 tokens cost more in calls than they save.
+    """
+    divisors = [t for t in range(min(7, side), side + 1) if side % t == 0]
+    short = [t for t in divisors if 2 * 4 * t * size <= LINE_BYTES]
+    return max(short, default=divisors[0])
 
 
 def _at(x, index, axis):
     """One of an axis, which is kept."""
     start = [index if i == axis else 0 for i in range(x.ndim)]
     size = [1 if i == axis else side for i, side in enumerate(x.shape)]
-    # XLA:CPU writes in place only what is read at the very same indices: no selects.
-    return lax.dynamic_slice(x, start, size, allow_negative_indices=False)
+    return _read(x, start, size)
 
 
 def _put(x, part, index, axis):
     """Overwrites what `_at` reads."""
     start = [index if i == axis else 0 for i in range(x.ndim)]
-    return lax.dynamic_update_slice(x, part, start, allow_negative_indices=False)
+    return _write(x, part, start)
 
 
-def _lines(x, index, axis):
+def _places(x, index, tokens, axis):
+    """Starts of the lines `index` and last but `index` of a map, and their shape."""
+    parts = index.dtype.type(x.shape[3 - axis] // tokens)
+    last, starts, size = x.shape[axis] * parts - 1, [], [*x.shape]
+    size[axis], size[3 - axis] = 1, tokens
+    for i in (index, last - index):
+        line, token = lax.div(i, parts), lax.rem(i, parts) * tokens
+        starts.append([0, line, token, 0] if axis == 1 else [0, token, line, 0])
+    return starts, size
+
+
+def _lines(x, index, tokens, axis):
     """Lines `index` and last but `index`, this one from its end: each b t d."""
-    one, other = (
-        _at(x, i, axis).squeeze(axis) for i in (index, x.shape[axis] - 1 - index)
-    )
+    starts, size = _places(x, index, tokens, axis)
+    one, other = (_read(x, start, size).squeeze(axis) for start in starts)
     return one, jnp.flip(other, 1)
 
 
@@ -120,12 +147,11 @@ def _fill(memory, parts, skip=0):
 
 def _add_lines(total, parts, index, axis):
     """`total` with 2 b t d added to the lines that `_lines` reads."""
+    starts, size = _places(total, index, parts.shape[2], axis)
     one, other = jnp.expand_dims(parts, 1 + axis)
-    for part, i in (
-        (one, index),
-        (jnp.flip(other, 3 - axis), total.shape[axis] - 1 - index),
-    ):
-        total = _put(total, part + _at(total, i, axis), i, axis)
+    lines = one, jnp.flip(other, 3 - axis)
+    for line, start in zip(lines, starts, strict=True):
+        total = _write(total, line + _read(total, start, size), start)
     return total
 
 
@@ -167,19 +193,21 @@ def _state(way):
 
 
 def _walk(x, y, way, memory, axis):
+    tokens = way.bc.shape[3]
+
     def line(index, carry):
         y, states, h, (delta, bc, walk) = carry
         states = _put(states, h[None, :, :, 0], index, 0)
         _, delta, decay, bc = _steps(way, index, delta, bc)
         b, c = bc[..., 0, :, None], bc[..., 1, :, None]  # 2 b t n 1
-        ways = zip(delta, _lines(x, index, axis), b, strict=True)
+        ways = zip(delta, _lines(x, index, tokens, axis), b, strict=True)
         walk = _fill(walk, [(delta * x)[..., None, :] * b for delta, x, b in ways], 1)
         h, walk = _recur(h, decay, walk)
         y = _add_lines(y, (walk[:, :, 1:] * c).sum(3), index, axis)
         return y, states, h, [delta, bc, walk]
 
     h = _state(way)
-    states = jnp.zeros((x.shape[axis], *h.squeeze(2).shape), jnp.float32)
+    states = jnp.zeros((len(way.z), *h.squeeze(2).shape), jnp.float32)
     carry = y, states, h, memory
     y, states, _, memory = lax.fori_loop(0, len(states), line, carry)
     return y, states, memory
@@ -203,15 +231,16 @@ def _more_memory(memory):
 
 
 def _walk_back(x, grad, grad_x, way, states, memory, axis):
-    tokens = x.shape[3 - axis]
+    tokens = way.bc.shape[3]
 
     def line(j, carry):
         grad_x, grads, grad_h, (delta, bc, walk, x_t, grad_y, u, rows, g) = carry
         index = len(states) - 1 - j
         z, delta, decay, bc = _steps(way, index, delta, bc)
         b, c = bc[..., 0, :, None], bc[..., 1, :, None]
-        x_t = _fill(x_t, _lines(x, index, axis))
-        grad_y = _fill(grad_y, _lines(grad, index, axis), 1)  # 0 before, as in `walk` h
+        x_t = _fill(x_t, _lines(x, index, tokens, axis))
+        # 0 before, as in `walk` h
+        grad_y = _fill(grad_y, _lines(grad, index, tokens, axis), 1)
         u = _fill(u, [delta[i] * x_t[i] for i in (0, 1)])
 
         h = _at(states, index, 0)[0][:, :, None]

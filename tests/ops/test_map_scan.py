@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from sparx_jax.ops import batch_on, mosaic_tpu, ss2d
+from sparx_jax.ops import batch_on, loop, mosaic_tpu, ss2d
 from sparx_jax.parallel import make_mesh
 
 # As in test_scan.py; bfloat16 here rounds the step sizes of the oracle too.
@@ -114,6 +114,14 @@ def test_step_sizes_of_the_tpu_kernel_in_bfloat16():
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (7, 1)])
 def test_the_loop_takes_maps_of_one_line(size):
     assert_equal("loop", operands(2, *size, 5, 2, 3, "float32"), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("dim, states", [(600, 1), (38, 16)])
+def test_the_loop_takes_rows_and_columns_in_parts(dim, states):
+    tokens = [loop._tokens(side, 2 * dim * states) for side in (14, 21, 13)]
+    assert tokens == [7, 7, 13], "13 has no parts"
+    args = operands(2, 14, 21, dim, 2, states, "float32")
+    assert_equal("loop", args, TOLERANCE["float32"])
 
 
 def test_the_loop_takes_channels_of_whole_half_pages():
