@@ -101,6 +101,8 @@ def _tokens(side, size):
     Some ten arrays of two lines are in use at once and should stay in a core's cache.
     Fewer than 7 tokens cost more in calls than they save.
     """
+    if not isinstance(size, int):  # of an export, whose batch is a symbol
+        return side
     divisors = [t for t in range(min(7, side), side + 1) if side % t == 0]
     short = [t for t in divisors if 2 * 4 * t * size <= LINE_BYTES]
     return max(short, default=divisors[0])
