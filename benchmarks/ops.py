@@ -170,7 +170,7 @@ def show(row):
         found = row[kind]
         ours = found["ours"]
         peer = f"{found['peer'].median:9.2f}" if "peer" in found else "  no room"
-        ratio = f"{found['ratio']:6.2f}" if found["ratio"] else "     -"
+        ratio = f"{found['ratio']:7.2f}" if found["ratio"] else "      -"
         print(
             f"{row['name'] if kind == 'forward' else '':32}{kind:9}"
             f"{ours.median:9.2f} ({ours.least:.2f}-{ours.most:.2f}){peer}{ratio} x"
@@ -191,7 +191,7 @@ def main() -> None:
     timing.pin()
     found = timing.conditions() | {"batch": args.batch, "dtype": args.dtype, "rows": []}
     print(", ".join(f"{k} {v}" for k, v in found.items() if k != "rows"))
-    heads = f"{'peer':>9}{'ratio':>7}{'MB':>10}{'peer':>9}{'error':>10}"
+    heads = f"{'peer':>9}{'ratio':>8}{'MB':>10}{'peer':>9}{'error':>10}"
     print(f"{'':41}{'ms':>9} (least-most){heads}")
     for case in cases(args.batch, jnp.dtype(args.dtype), args.only.split(",")):
         found["rows"].append(compare(*case, args.rounds))

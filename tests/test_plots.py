@@ -285,6 +285,7 @@ def test_report_tells_where_a_loss_stopped_being_finite(bad):
 def test_labels_of_the_axes_are_their_values():
     """Also those of a tiny learning rate, which matplotlib would label as multiples."""
     figure = make_report("usual")
+    plots.render(figure)  # ticks have no labels before
     for axes in (axes for axes in figure.axes if axes.axison):
         for tick in axes.yaxis.get_major_ticks():
             label = (
