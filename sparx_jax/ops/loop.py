@@ -22,7 +22,7 @@ from sparx_jax.ops.scan import softplus_and_sigmoid
 from sparx_jax.ops.skew import skewed
 from sparx_jax.typing import Array, Float
 
-LINE_BYTES = 128 * 1024
+LINE_BYTES = 128 * 1024  # of an array of two lines, at most
 
 _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 # XLA:CPU writes in place only what is read at the very same indices: no selects.
@@ -101,7 +101,7 @@ def _tokens(side, size):
     Some ten arrays of two lines are in use at once and should stay in a core's cache.
     Fewer than 7 tokens cost more in calls than they save.
     """
-    if not isinstance(size, int):  # of an export, whose batch is a symbol
+    if not isinstance(size, int):  # in an export, whose batch is a symbol
         return side
     divisors = [t for t in range(min(7, side), side + 1) if side % t == 0]
     short = [t for t in divisors if 2 * 4 * t * size <= LINE_BYTES]
