@@ -96,7 +96,9 @@ def _prepare(p, dt_proj, dt_bias, a, *, axis):
 
 
 def _tokens(side, size):
-    """Tokens of a line: equal parts of a row or column of `side`; a token has `size`.
+    """Tokens of a line: an equal part of a row or column of `side` tokens.
+
+    `size` numbers belong to a token, those of all images together.
 
     Some ten arrays of two lines are in use at once and should stay in a core's cache.
     Fewer than 7 tokens cost more in calls than they save.
