@@ -22,6 +22,8 @@ Mode = Literal["auto", "on", "off"]
 
 # By hand and for launch/local.sh; clusters describe themselves.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# By which MPIs tell how many they started; JAX knows none but Open MPI before 5.
+_MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None:
@@ -29,26 +31,29 @@ def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None
 
     Args:
       mode: "on" demands other processes or a cluster; "auto" looks for the variables
-        `VARIABLES`, then for what JAX knows: TPU pods, GKE, SLURM, Open MPI; "off"
+        `VARIABLES`, then for what JAX knows: TPU pods, GKE, SLURM, Open MPI 4; "off"
         looks for nothing.
       start_timeout_s: after so many seconds without all processes this one ends with
         the exit code of `PeerLostError`.
       heartbeat_timeout_s: after so many seconds of silence a process counts as dead,
         and the others end with that exit code.
 
-    Raises UserError if the variables are incomplete or, with "on", nothing is found.
+    Raises UserError if the variables are incomplete, if the coordinator's port is in
+    use, and if nothing is found with "on" or under an MPI that JAX does not know.
     """
     if mode == "off":
         return
     given = {name: os.environ.get(name) for name in VARIABLES}
     explicit = {}
     if any(given.values()):
-        address, count, index = given.values()
-        if not (address and count and index and count.isdigit() and index.isdigit()):
+        address, count, index = (value or "" for value in given.values())
+        numbers = address.rpartition(":")[2], count, index
+        whole = ":" in address and all(map(str.isdigit, numbers))
+        if not whole or int(index) >= int(count):
             raise UserError(
                 "the processes of a job are described by all of "
                 + ", ".join(f"{k}={v or ''}" for k, v in given.items())
-                + " (host:port, a number, a number from 0): set all or none of them."
+                + " (host:port, a number, and one from 0 below it): set all or none."
             )
         explicit = dict(
             coordinator_address=address,
@@ -82,11 +87,20 @@ def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None
             shutdown_timeout_seconds=heartbeat_timeout_s,
         )
     except ValueError as error:  # how JAX says that it has found no cluster
-        if explicit or mode == "on":
+        sizes = {name: os.environ.get(name, "1") for name in _MPI_VARIABLES}
+        mpi = " ".join(f"{name}={size}" for name, size in sizes.items() if size != "1")
+        if explicit or mode == "on" or mpi:
             raise UserError(
-                f"--distributed={mode} found no job to join ({error}): set "
+                f"--distributed={mode} found no job to join ({mpi or error}): set "
                 f"{', '.join(VARIABLES)}, or use --distributed=off."
             ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "start RPC server" not in str(error):
+            raise
+        raise UserError(
+            f"process 0 cannot listen at {given[VARIABLES[0]] or 'its port'}: end what "
+            "uses the port, or give another."
+        ) from error
     finally:
         watchdog.cancel()
 

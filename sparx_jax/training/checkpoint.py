@@ -31,8 +31,8 @@ ITEMS = ("params", "ema", "optimizer", "meta")
 _FREE_MODEL_SETTINGS = ("drop_path_rate", "dtype", "scan_method", "remat")
 # How Orbax and TensorStore tell of a disk that is full or must not be written.
 _STORAGE_SIGNS = (
-    "RESOURCE_EXHAUSTED",
     "No space left",
+    "RESOURCE_EXHAUSTED",
     "Error writing",
     "File too large",
     "Disk quota",

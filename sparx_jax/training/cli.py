@@ -1,6 +1,7 @@
 """What train.py, eval.py and sweeps share: flags, one-sentence errors, exit codes."""
 
 import errno
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from sparx_jax.errors import Preempted, StorageError, UserError
@@ -60,7 +62,9 @@ def run(
     def guarded(argv):
         del argv
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)  # Orbax tells of every file
+            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file
+            # And asyncio of every array that a full disk did not take.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if not jax.config.jax_compilation_cache_dir:
             cache = Path.home() / ".cache/sparx_jax/xla"
             jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -26,7 +26,7 @@ from sparx_jax.data import (
     open_eval_set,
     too_many_unreadable,
 )
-from sparx_jax.errors import DamagedError, StorageError, UserError
+from sparx_jax.errors import DamagedError, UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.parallel.processes import together
 from sparx_jax.training import state as states
@@ -37,6 +37,7 @@ from sparx_jax.training.results import Result, table, write_results
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.state import Weights
 from sparx_jax.training.step import compile_eval_step
+from sparx_jax.training.workdir import storage_errors
 
 # How images are prepared: a network sees others than it was trained for.
 _IMAGE_SETTINGS = tuple(
@@ -179,16 +180,11 @@ def evaluate_checkpoint(
     parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
     say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
     say(json.dumps(summary))
-    try:  # last: a folder that cannot be written costs no number
+    with storage_errors(workdir):  # last: it costs no number
         if jax.process_index() == 0:
             write_results(workdir, title, results, summary)
         if to_draw:
             write_report(workdir, config, to_draw, source, title=title)
-    except OSError as error:
-        raise StorageError(
-            f"the results above could not be written to {workdir} ({error.strerror}): "
-            "make room or mend its permissions, then evaluate again."
-        ) from error
     return summary
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sparx_jax.training.logging import duration
+from sparx_jax.training.logging import Stopwatch, duration
 from sparx_jax.training.workdir import replace_text
 
 ACTIVITIES = (
@@ -22,7 +22,7 @@ ACTIVITIES = (
 )
 
 
-class Goodput:
+class Goodput(Stopwatch):
     """Counts the seconds of a session by activity, in the run's list of sessions.
 
     Of a killed session the file knows what was written last, so `lost_steps`, done
@@ -30,11 +30,11 @@ class Goodput:
     """
 
     def __init__(self, workdir: str):
+        super().__init__()
+        self.seconds |= dict.fromkeys(ACTIVITIES, 0.0)
         self._path = Path(workdir) / "goodput.json"
         self._sessions = read_sessions(workdir)
-        self._seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self._session: dict[str, Any] = {"started": time.strftime("%FT%T%z")}
-        self._last = time.perf_counter()
 
     def start(self, step: int) -> str:
         """Notes the step that the session starts from; tells what a restart lost."""
@@ -43,17 +43,10 @@ class Goodput:
             "from_step": step,
             "to_step": step,
             "lost_steps": lost,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
         }
         self._sessions.append(self._session)
         return f"{lost:,} steps were lost with the last session" if lost else ""
-
-    def lap(self, activity: str) -> float:
-        """Counts the time since the last lap, and returns it."""
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        self._seconds[activity] += elapsed
-        return elapsed
 
     def write(self, step: int) -> None:
         """Replaces the file, on process 0 only; `step` is the last one done."""
@@ -65,7 +58,7 @@ class Goodput:
 
     def sentence(self) -> str:
         """The seconds of this session, and the goodput of the run."""
-        parts = [f"{k} {duration(v)}" for k, v in self._seconds.items() if v >= 0.5]
+        parts = [f"{k} {duration(v)}" for k, v in self.seconds.items() if v >= 0.5]
         share = summary(self._sessions)["goodput"]
         return f"{', '.join(parts)}; goodput {share:.0%}"
 
@@ -92,5 +85,5 @@ def read_sessions(workdir: str) -> list[dict[str, Any]]:
     """The sessions of a run so far; none if the file cannot be read."""
     try:
         return json.loads((Path(workdir) / "goodput.json").read_text())["sessions"]
-    except (OSError, ValueError):  # no reason to lose a run
+    except (OSError, ValueError, LookupError, TypeError):  # no reason to lose a run
         return []

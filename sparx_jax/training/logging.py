@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sparx_jax.training.workdir import replace_text
+from sparx_jax.training.workdir import replace_text, storage_errors
 
 
 class MetricsLog:
@@ -46,7 +46,7 @@ class MetricsLog:
         if self._path is None:
             return
         plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        with self._path.open("a") as file:
+        with storage_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(plain, allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in record.items():

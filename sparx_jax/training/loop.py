@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and a figure at the end."""
 
 import time
+from contextlib import suppress
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sparx_jax.data import too_many_unreadable, train_batches
-from sparx_jax.errors import BadDataError, NonFiniteLossError, Preempted, UserError
+from sparx_jax.errors import (
+    BadDataError,
+    NonFiniteLossError,
+    Preempted,
+    StorageError,
+    UserError,
+)
 from sparx_jax.parallel import put_batch
 from sparx_jax.parallel.processes import stop_request, together
 from sparx_jax.training import state as states
@@ -243,7 +250,8 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     finally:
         batches.close()  # or its workers' shared memory outlives them
         profiler.stop(step)  # if the last step to record did not come
-        goodput.write(step)
+        with suppress(StorageError):  # which would hide what ended the run
+            goodput.write(step)
     say(f"{report} shows the run ({goodput.sentence()})")
 
 

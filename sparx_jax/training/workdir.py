@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from sparx_jax.errors import BusyError, UserError
+from sparx_jax.errors import BusyError, StorageError, UserError
 from sparx_jax.locks import lock
 from sparx_jax.parallel.processes import together
 from sparx_jax.training.config import Config, as_dict
@@ -87,10 +87,26 @@ def _check_shared(workdir):
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file; who reads it meanwhile, or after a kill, has the one before."""
+    """Writes a file; who reads it meanwhile, or after a kill, has the one before.
+
+    Raises StorageError if it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with storage_errors(path):
+        temporary.write_text(text)
+        os.replace(temporary, path)
+
+
+@contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Raises StorageError for any OSError: the disk, or a mount that went away."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}): make room, or mend the file "
+            "system, then start again."
+        ) from error
 
 
 def write_config(workdir: str, config: Config, num_params: int) -> None:

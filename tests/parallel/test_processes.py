@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -50,6 +53,40 @@ def test_explicit_processes_are_joined(calls, monkeypatch):
     monkeypatch.delenv("JAX_PROCESS_ID")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES=4, JAX_PROCESS_ID= "):
         start("auto")
+
+
+@pytest.mark.parametrize(
+    "values", [("host", "4", "3"), (":99", "4", "4"), ("host:a", "4", "3")]
+)
+def test_processes_that_cannot_be_are_refused(calls, monkeypatch, values):
+    for name, value in zip(processes.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"JAX_COORDINATOR_ADDRESS={values[0]}, "):
+        start("auto")
+    assert calls == []
+
+
+def test_processes_of_an_mpi_that_jax_does_not_know_are_refused(calls, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    start("auto")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"no job to join \(OMPI_COMM_WORLD_SIZE=2\)"):
+        start("auto")
+    start("off")
+
+
+def test_a_port_in_use_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        values = (f"127.0.0.1:{taken.getsockname()[1]}", "1", "0")
+        env = os.environ | dict(zip(processes.VARIABLES, values, strict=True))
+        code = (
+            "from sparx_jax.parallel import processes\n"
+            "processes.start('auto', start_timeout_s=30, heartbeat_timeout_s=20)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True
+        )
+    assert f"UserError: process 0 cannot listen at {values[0]}: end what" in run.stderr
 
 
 def test_a_task_of_slurm_knows_its_job(monkeypatch):

@@ -257,7 +257,7 @@ def test_results_are_printed_before_anything_is_written(finished, monkeypatch, c
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(evaluate, "write_results", refuse)
-    with pytest.raises(StorageError, match=r"could not be written .*Permission denied"):
+    with pytest.raises(StorageError, match=r"cannot be written .*Permission denied"):
         evaluate_checkpoint(tiny_settings(), finished)
     assert "top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
