@@ -15,6 +15,11 @@ die() { # SENTENCE: bad input ends as in train.py
   exit 78
 }
 
+count() { # NAME VALUE: the number, 08 too, which to bash is a wrong octal one
+  [[ $2 =~ ^[0-9]+$ ]] || die "$1=$2 must be a number; 0 for none."
+  echo "$((10#$2))"
+}
+
 # Runs COMMAND and sets `code` to its exit code.  SIGTERM and Ctrl-C reach it as
 # SIGTERM, after which `stopped` is not empty.
 # shellcheck disable=SC2034 # `code` is for the caller

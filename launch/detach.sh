@@ -11,7 +11,8 @@ common=$(dirname "$0")/common.sh
 # shellcheck source=launch/common.sh
 source "$common"
 
-if ! pgrep -F run.pid >/dev/null 2>&1; then
+# After a reboot another process may have that number.
+if ! pgrep -F run.pid -f supervise >/dev/null 2>&1; then
   (($#)) || die "no command: give one, such as launch/detach.sh python train.py ..."
   rm -f run.code
   : >run.log # tail must find it

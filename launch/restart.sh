@@ -12,8 +12,7 @@ if [[ ${1-} == --restarts=* ]]; then
   left=${1#*=}
   shift
 fi
-[[ $left =~ ^[0-9]+$ ]] || die "--restarts=$left must be a number; 0 for none."
-left=$((10#$left)) # or bash would read 08 as an octal number
+left=$(count --restarts "$left") || exit
 (($#)) || die "no command: give one, such as launch/restart.sh python train.py ..."
 
 supervise "$@"

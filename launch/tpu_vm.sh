@@ -18,6 +18,13 @@ for variable in NAME ZONE TYPE VERSION; do
   [[ ${!variable-} ]] || die "$variable is not set: see the head of launch/tpu_vm.sh."
 done
 
+failures=0 # of gcloud, one after the other
+failed() { # ten minutes of it may be the network, a login that has ended, VMs that boot
+  ((++failures < 20)) || die "gcloud failed $failures times for $NAME: see its messages."
+  echo "launch: gcloud failed, trying again ($failures of 20)" >&2
+  sleep "${POLL_SECONDS:-30}"
+}
+
 state() { # ACTIVE, WAITING_FOR_RESOURCES, ..., NONE, or UNKNOWN with gcloud's message
   local said
   if said=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" \
@@ -25,7 +32,7 @@ state() { # ACTIVE, WAITING_FOR_RESOURCES, ..., NONE, or UNKNOWN with gcloud's m
     echo "${said##*$'\n'}" # warnings come before it
   elif [[ $said == *NOT_FOUND* ]]; then
     echo NONE
-  else # the network, or a login that has ended: asked again later
+  else
     echo "$said" >&2
     echo UNKNOWN
   fi
@@ -34,12 +41,11 @@ state() { # ACTIVE, WAITING_FOR_RESOURCES, ..., NONE, or UNKNOWN with gcloud's m
 create() {
   gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" \
     --zone="$ZONE" --accelerator-type="$TYPE" --runtime-version="$VERSION" \
-    ${SPOT:+--spot} || exit
+    ${SPOT:+--spot}
 }
 
 delete() {
-  gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet ||
-    exit
+  gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force --quiet
 }
 
 on_all() { # COMMAND; waits for all hosts, ends with the code of the first that failed
@@ -48,15 +54,13 @@ on_all() { # COMMAND; waits for all hosts, ends with the code of the first that 
 }
 
 wait_for_slice() {
-  local state unknown=0
+  local state
   while state=$(state) && [[ $state != ACTIVE ]]; do # state never fails
     case $state in
-      NONE) create ;;
-      SUSPENDED) delete ;;
+      NONE) create || failed ;;
+      SUSPENDED) delete || failed ;;
       FAILED) die "gcloud could not make $NAME: describe the queued resource." ;;
-      UNKNOWN) # no more than ten minutes of it: a login may have ended
-        ((++unknown < 20)) || die "gcloud cannot tell of $NAME: its message is above."
-        ;;&
+      UNKNOWN) failed ;;
       *) sleep "${POLL_SECONDS:-30}" ;;
     esac
   done
@@ -68,7 +72,7 @@ copy_code() { # unless the hosts train already
   git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$folder/sparx_jax.tgz" HEAD &&
     gcloud compute tpus tpu-vm scp "$folder/sparx_jax.tgz" "$NAME:" --zone="$ZONE" \
       --worker=all --quiet &&
-    on_all "pgrep -F sparx_jax/run.pid >/dev/null 2>&1 || {
+    on_all "pgrep -F sparx_jax/run.pid -f supervise >/dev/null 2>&1 || {
       mkdir -p sparx_jax && tar xzf sparx_jax.tgz -C sparx_jax &&
       sparx_jax/launch/setup_vm.sh ${BUCKET-}; }"
   code=$?
@@ -77,14 +81,22 @@ copy_code() { # unless the hosts train already
 }
 
 train() { # COMMAND...
-  local command code left=${RESTARTS:-100}
+  local command code left
+  left=$(count RESTARTS "${RESTARTS:-100}") || exit
   command="cd sparx_jax && PATH=\$PWD/.venv/bin:\$PATH launch/detach.sh$(printf ' %q' "$@")"
   while :; do
     wait_for_slice
-    copy_code && on_all "$command"
+    if ! copy_code; then
+      failed
+      continue
+    fi
+    failures=0
+    on_all "$command" && exit
     code=$?
-    ((code)) || exit 0
-    [[ $(state) == @(ACTIVE|UNKNOWN) ]] || code=137 # the slice was taken away
+    case $(state) in
+      ACTIVE | UNKNOWN) ;;
+      *) code=137 ;; # the slice was taken away
+    esac
     # 255: the connection is lost, but the hosts may train.
     if ! { restartable "$code" || ((code == 255)); } || ((left == 0)); then
       exit "$code"
@@ -103,7 +115,7 @@ case $verb in
     train "$@"
     ;;
   ssh) on_all "cd sparx_jax && $*" ;;
-  stop) on_all "kill \"\$(cat sparx_jax/run.pid)\"" ;;
+  stop) on_all "pkill -F sparx_jax/run.pid -f supervise" ;;
   delete) delete ;;
   *) die "'$verb' is none of train, ssh, stop, delete: see the head of launch/tpu_vm.sh." ;;
 esac

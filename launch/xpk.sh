@@ -25,4 +25,4 @@ exec xpk workload create --workload="$NAME" --cluster="$CLUSTER" \
   --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --docker-image="$IMAGE" \
   --max-restarts=50 --termination-grace-period-seconds=300 \
   --restart-on-exit-codes="$(IFS=, && echo "${RESTART_CODES[*]}")" \
-  "${options[@]}" --command="exec $(printf '%q ' "$@")"
+  ${options[@]+"${options[@]}"} --command="exec $(printf '%q ' "$@")"

@@ -318,7 +318,10 @@ def test_an_array_task_trains_its_point_and_requeues_itself_alone(bench, slurm):
 
 
 def test_requeues_end(bench, slurm):
-    slurm(17, 17, SLURM_RESTART_COUNT="5", MAX_REQUEUES="5")
+    slurm(17, 17, SLURM_RESTART_COUNT="8", MAX_REQUEUES="08")
+    assert [call[0] for call in bench.calls] == ["srun"]
+    done = slurm(17, 17, MAX_REQUEUES="x")
+    assert done.returncode == 78 and "MAX_REQUEUES=x must be a number" in done.stderr
     assert [call[0] for call in bench.calls] == ["srun"]
 
 
@@ -352,13 +355,15 @@ def tpu(bench):
     A state that is a sentence is what gcloud says when it fails.
     """
 
-    def run(*words, states=("ACTIVE",), codes=(0,), **env):
+    def run(*words, states=("ACTIVE",), codes=(0,), fails_once="nothing", **env):
         bench.answers("states", states)
         bench.answers("codes", codes)
+        bench.answers("trouble", ["1", "0"])
         bench.stand_in(
             "gcloud",
             "case $* in *describe*) state=$(next states) ;; "
-            "*detach.sh*) exit $(next codes) ;; esac\n"
+            "*detach.sh*) exit $(next codes) ;; "
+            f"*{fails_once}*) exit $(next trouble) ;; esac\n"
             '[[ $state != *" "* ]] || { echo "$state" >&2; exit 1; }\n'
             'echo "$state"',
         )
@@ -422,7 +427,18 @@ def test_a_slice_of_which_gcloud_cannot_tell_is_neither_made_nor_given_up(bench,
     assert done.returncode == 0 and "UNAVAILABLE: try again." in done.stderr
     assert verbs(bench) == ["scp", "ssh", "ssh"]
     done = tpu("train", "python", "train.py", states=states[:1])
-    assert done.returncode == 78 and "gcloud cannot tell of pod" in done.stderr
+    assert done.returncode == 78 and "gcloud failed 20 times for pod" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["create", "scp", "setup_vm.sh"])
+def test_a_launch_that_fails_once_is_tried_again(bench, tpu, verb):
+    states = [NOT_FOUND, "ACTIVE"] if verb != "create" else [NOT_FOUND] * 2 + ["ACTIVE"]
+    done = tpu("train", "python", "train.py", states=states, fails_once=verb)
+    assert done.returncode == 0 and "trying again (1 of 20)" in done.stderr
+    once = ["create", "scp", "ssh", "ssh"]
+    again = {"create": ["create"], "scp": ["create", "scp"]}
+    first = again.get(verb, ["create", "scp", "ssh"])
+    assert verbs(bench) == first + (once if verb == "create" else once[1:])
 
 
 def test_a_request_that_failed_is_told(bench, tpu):
@@ -433,6 +449,8 @@ def test_a_request_that_failed_is_told(bench, tpu):
 def test_restarts_on_a_tpu_slice_end(bench, tpu):
     done = tpu("train", "python", "train.py", codes=[134], RESTARTS="1")
     assert done.returncode == 134 and verbs(bench) == ["scp", "ssh", "ssh"] * 2
+    done = tpu("train", "python", "train.py", RESTARTS="x")
+    assert done.returncode == 78 and "RESTARTS=x must be a number" in done.stderr
 
 
 def started(bench):
@@ -456,6 +474,13 @@ def test_a_detached_command_outlives_its_connection_and_is_attached_to(bench):
     assert len((bench.folder / "lives").read_text()) == 1
     assert bench.run("detach.sh", "trainer").returncode == 78  # ended: started anew
     assert len((bench.folder / "lives").read_text()) == 2
+
+
+def test_a_stranger_with_the_pid_of_a_reboot_ago_is_not_the_trainer(bench):
+    (bench.folder / "run.pid").write_text(str(os.getpid()))
+    (bench.folder / "run.code").write_text("0")
+    bench.program("trainer", "exit 74")
+    assert bench.run("detach.sh", "trainer").returncode == 74
 
 
 def test_a_detached_command_is_preempted_by_its_pid(bench):
