@@ -1,6 +1,7 @@
 """One-sentence errors for the fields of a frozen configuration."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparx_jax.errors import UserError
@@ -16,11 +17,13 @@ def check_types(config: Any, prefix: str = "") -> None:
     """Checks the fields of a dataclass against their annotations, also nested ones.
 
     Knows int, float, bool, str, Literal, `X | None`, tuples of one type, dataclasses.
+    Numbers must be finite.
     """
     for name, hint in get_type_hints(type(config)).items():
         value, path = getattr(config, name), prefix + name
         if dataclasses.is_dataclass(hint):
-            require(path, value, isinstance(value, hint), f"a {hint.__name__}")
+            ok, text = isinstance(value, hint), f"a {hint.__name__}, or its fields"
+            require(path, value, ok, text)
             check_types(value, f"{path}.")
         elif get_origin(hint) is Literal:
             choices = get_args(hint)
@@ -31,6 +34,9 @@ def check_types(config: Any, prefix: str = "") -> None:
             require(path, value, ok, f"a tuple of {_called(element)}")
         else:
             require(path, value, _is(value, hint), f"of type {_called(hint)}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        ok = all(math.isfinite(v) for v in numbers if isinstance(v, float))
+        require(path, value, ok, "finite")
 
 
 def _is(value, kind):

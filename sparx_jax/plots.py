@@ -5,6 +5,7 @@ inches and their files are written atomically and without a date.
 """
 
 import os
+import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -31,6 +32,9 @@ WRONG_COLUMNS = 8
 BLUE, ORANGE, GREEN, INK = "#0072B2", "#D55E00", "#009E73", "#222222"
 GREY, PALE = "#777777", "#F2F4F7"
 ARC_COLOURS = {"inner": BLUE, "cross": ORANGE}
+
+# Names of classes in scripts that the font lacks become boxes, without a word for each.
+warnings.filterwarnings("ignore", "Glyph .* missing from font")
 
 
 class Arc(NamedTuple):
@@ -111,7 +115,7 @@ def draw_wiring(
     _draw_arcs(axes, nodes, arcs, heights, size, height)
     _draw_layers(axes, nodes, config, size)
     style = dict(size=11, weight="bold", color=INK, parse_math=False)
-    axes.set_title(title, loc="left", **style)
+    _cut(axes.set_title(title, loc="left", **style), box.width)
     if legend:
         _draw_wiring_legend(axes)
 
@@ -197,7 +201,7 @@ def _draw_layers(axes, nodes, config, size):
                 axes.text(x, 0, str(index), size=0.45 * size, weight="bold", **style)
 
 
-def _draw_wiring_legend(axes):
+def _draw_wiring_legend(axes, **place):
     def key(label, **style):
         return Line2D([], [], label=label, mew=0, **style)
 
@@ -209,22 +213,24 @@ def _draw_wiring_legend(axes):
         key("read from a normal layer or the stage input", color=BLUE, lw=1.3),
         key("read from an earlier ganglion", color=ORANGE, lw=1.3),
     ]
-    add_legend(axes, handles=keys, ncols=len(keys))
+    add_legend(axes, handles=keys, ncols=len(keys), **place)
 
 
-def add_legend(axes: Axes, **options) -> None:
+def add_legend(axes: Axes, loc="lower right", anchor=(1, 1), **options) -> None:
     """Above the upper right corner, where it hides nothing."""
     style = dict(frameon=False, fontsize=7.5, columnspacing=1.2, handlelength=1.4)
     style.update(handletextpad=0.5, borderaxespad=0.2, labelcolor=INK)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), **style, **options)
+    axes.legend(loc=loc, bbox_to_anchor=anchor, **style, **options)
 
 
 def wiring_figure(configs: Mapping[str, ModelConfig]) -> Figure:
     """A panel, 12 by 2.5 inches, for each network under its title."""
-    figure = Figure(figsize=(WIDTH, 2.65 * len(configs) + 0.1), dpi=DPI)
-    for index, (title, config) in enumerate(configs.items()):
-        axes = _add_axes(figure, 0.2, 0.35 + 2.65 * index, WIDTH - 0.4, 2.3)
-        draw_wiring(axes, config, title, legend=index == 0)
+    figure = Figure(figsize=(WIDTH, 2.65 * len(configs) + 0.25), dpi=DPI)
+    FigureCanvasAgg(figure)  # which measures texts
+    for index, (title, config) in enumerate(configs.items(), 1):
+        axes = _add_axes(figure, 0.2, 2.65 * index - 2.3, WIDTH - 0.4, 2.3)
+        draw_wiring(axes, config, title, legend=False)
+    _draw_wiring_legend(axes, loc="upper right", anchor=(1, 0))  # titles may be long
     return figure
 
 
@@ -355,6 +361,7 @@ def _finish_panel(axes, steps):
     margin = 0.02 * (max(steps) - min(steps)) or 1
     axes.set_xlim(min(steps) - margin, max(steps) + margin)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", integer=True)
     axes.yaxis.set_major_formatter("{x:,.6g}")  # no offset, which would hit the title
     if not axes.lines:
         axes.set(xticks=[], yticks=[])
@@ -447,16 +454,16 @@ def write_line(
     style = {"color": INK, "parse_math": False, **style}
     drawn = figure.text(x, y, text, va="baseline", **style)
     if width:
-        _cut(drawn, width * figure.dpi, figure.canvas.get_renderer())
+        _cut(drawn, width * figure.dpi)
 
 
-def _cut(drawn, width, renderer):
+def _cut(drawn, width):
     """Leaves the longest beginning that fits, with an ellipsis, where all is wider."""
     full = drawn.get_text()
 
     def too_wide(text):
         drawn.set_text(text)
-        return drawn.get_window_extent(renderer).width > width
+        return drawn.get_window_extent().width > width
 
     if too_wide(full):
         cuts = [full[:n].rstrip() + "…" for n in range(len(full))]

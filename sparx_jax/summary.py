@@ -22,6 +22,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -292,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parser.parse_intermixed_args(arguments)
         require("--batch", options.batch, options.batch >= 1, "at least 1")
+        ok = options.plot is None or Path(options.plot).suffix == ".png"
+        require("--plot", options.plot, ok, "a file that ends in .png")
         pattern = [word for word in options.words[:1] if "=" not in word]
         settings = options.words[len(pattern) :]
         configs = select(*(pattern or ["*"]), settings)

@@ -12,6 +12,7 @@ the results are printed and stand in results.md, results.csv (every run), result
 
 import ast
 import csv
+import io
 import itertools
 import json
 import os
@@ -38,6 +39,7 @@ from sparx_jax.training import cli, goodput
 from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
 from sparx_jax.training.logging import duration, read_metrics, say
 from sparx_jax.training.loop import plan
+from sparx_jax.training.workdir import make_folder, replace_text
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -66,7 +68,8 @@ class Point(NamedTuple):
     @property
     def command(self) -> list[str]:
         """What trains it."""
-        return [sys.executable, str(TRAIN), *self.words, f"--workdir={self.folder}"]
+        words = [*self.words, *cli.job_flags(), f"--workdir={self.folder}"]
+        return [sys.executable, str(TRAIN), *words]
 
 
 class Result(NamedTuple):
@@ -123,7 +126,7 @@ def make_points(
         raise UserError(f"{key} is both swept and set by --config.{key}: drop one.")
     if "variant" in grid and ":" in config:
         raise UserError(f"variant is both swept and given in --config={config}.")
-    points = {}
+    points, names = {}, {}
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         settings = fixed | values
@@ -137,19 +140,28 @@ def make_points(
                 "or shorter values."
             )
         if name in points:
-            raise UserError(f"--sweep has two points {name}: give each value once.")
-        points[name] = Point(
-            values, Path(workdir) / name, words, cli.load_config(words)
-        )
+            raise UserError(
+                f"--sweep has two points that would be called {name}: drop one."
+            )
+        loaded = cli.load_config(words)
+        twin = names.setdefault(repr(loaded.to_dict()), name)
+        if twin != name:
+            raise UserError(
+                f"--sweep has points that are the same, {twin} and {name}: drop one."
+            )
+        points[name] = Point(values, Path(workdir) / name, words, loaded)
     return list(points.values())
 
 
 def _name(values, grid):
-    """Keys by their last part where that is enough, such as "lr=0.001,seed=0"."""
+    """Keys by their last part where that is enough, such as "lr=0.001,seed=0".
+
+    In a fixed order: a sweep whose flags come in another finds its runs again.
+    """
     last = [key.rpartition(".")[2] for key in grid]
     return ",".join(
         f"{short if last.count(short) == 1 else key}={_safe(values[key])}"
-        for key, short in zip(grid, last, strict=True)
+        for key, short in sorted(zip(grid, last, strict=True))
         if key in values
     )
 
@@ -166,12 +178,20 @@ def _safe(text):
 def result(point: Point) -> Result | None:
     """That of a run which has saved the checkpoint of its last step, else None.
 
-    Raises UserError if the folder holds a run with other settings.
+    The report is drawn after that: where it is, checkpoints may have been deleted.
+
+    Raises UserError if the folder holds a run with other settings, or damaged ones.
     """
     evaluations = [r for r in read_metrics(str(point.folder)) if "top1" in r]
-    if not (point.folder / "config.json").exists():
+    file = point.folder / "config.json"
+    if not file.exists():
         return None
-    about = json.loads((point.folder / "config.json").read_text())
+    try:
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}): delete it to train this point again."
+        ) from error
     config = from_config_dict(
         point.settings, num_classes=about["config"]["model"]["num_classes"]
     )
@@ -184,8 +204,9 @@ def result(point: Point) -> Result | None:
         return None
     last = evaluations[-1]
     examples = round(last["step"] / last["epoch"] * config.batch_size)
-    saved = point.folder / "checkpoints" / str(last["step"])
-    if last["step"] < plan(config, examples).total_steps or not saved.is_dir():
+    traces = f"checkpoints/{last['step']}", "report.png"
+    saved = any((point.folder / trace).exists() for trace in traces)
+    if last["step"] < plan(config, examples).total_steps or not saved:
         return None
     sessions = goodput.read_sessions(str(point.folder))
     return Result(
@@ -198,10 +219,10 @@ def result(point: Point) -> Result | None:
 
 
 def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
-    """Trains the points that are not finished, `jobs` at a time; returns the failed.
+    """Trains the points that are not finished, `jobs` at a time.
 
-    A point that another process trains is left to that and counts as failed unless it
-    is finished by then.
+    Returns those that are not finished then.  A point that another process trains is
+    left to that.
     """
     todo = []
     for point in points:
@@ -209,6 +230,7 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
             say(f"{point.folder.name}: finished before")
         else:
             todo.append(point)
+    jobs = max(1, min(jobs, len(todo)))
     shares = queue.SimpleQueue()
     if hasattr(os, "sched_setaffinity"):  # Linux
         cores = sorted(os.sched_getaffinity(0))
@@ -224,7 +246,7 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
     before = {s: signal.signal(s, running.stop) for s in _STOPS}
     try:
         with ThreadPoolExecutor(jobs, initializer=pin) as pool:
-            succeeded = list(pool.map(partial(_train, running), todo))
+            list(pool.map(partial(_train, running), todo))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -233,8 +255,7 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
             "stopped by a signal; what was training has saved its state: the same "
             "command goes on from there."
         )
-    failed = [point for point, ok in zip(todo, succeeded, strict=True) if not ok]
-    return [point for point in failed if not result(point)]
+    return [point for point in todo if not result(point)]
 
 
 _STOPS = signal.SIGTERM, signal.SIGINT
@@ -264,13 +285,18 @@ class _Running:
 
 
 def _train(running, point):
-    """Whether train.py ended well; what it prints goes to train.log."""
+    """What train.py prints goes to train.log."""
     if running.stopped:
-        return False
+        return
     start = time.perf_counter()
-    point.folder.mkdir(parents=True, exist_ok=True)
     log = point.folder / "train.log"
-    with log.open("a") as file:
+    try:
+        point.folder.mkdir(parents=True, exist_ok=True)
+        file = log.open("a")
+    except OSError as error:
+        say(f"{point.folder.name}: FAILED: {error}")
+        return
+    with file:
         place = file.tell()
         say(f"{point.folder.name}: training, see {log}")
         code = running.run(point.command, file)
@@ -282,7 +308,6 @@ def _train(running, point):
         last = (told or ["it printed nothing"])[-1]
         what = "SKIPPED" if code == BusyError.exit_code else "FAILED"
         say(f"{point.folder.name}: {what} with exit code {code}: {last}")
-    return code == 0
 
 
 def write_results(
@@ -320,23 +345,24 @@ def write_results(
             ]
         )
     table = _table(header, rows)
-    folder = Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.md").write_text(
+    folder = make_folder(workdir).resolve()
+    replace_text(
+        folder / "results.md",
         f"# {folder.name}\n\n{table}\n\nTop-1 in percent after the last step, of the "
         "moving average of the weights where one is kept; raw: without it.  Mean ± "
         "standard deviation (n - 1) over n finished runs of those planned.  best: the "
         "highest evaluation of each run; picked on the test images, so it flatters.  "
-        "s: seconds by goodput.json.\n"
+        "s: seconds by goodput.json.\n",
     )
-    with (folder / "results.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*grid, "folder", "finished", *Result._fields])
-        for point, found in zip(points, results, strict=True):
-            cells = found or [""] * len(Result._fields)
-            writer.writerow(
-                [*point.values.values(), point.folder.name, bool(found), *cells]
-            )
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
+    writer.writerow([*grid, "folder", "finished", *Result._fields])
+    for point, found in zip(points, results, strict=True):
+        cells = found or [""] * len(Result._fields)
+        writer.writerow(
+            [*point.values.values(), point.folder.name, bool(found), *cells]
+        )
+    replace_text(folder / "results.csv", lines.getvalue())
     write_sweep(folder / "results.png", pictured, folder.name)
     return table
 
@@ -377,6 +403,7 @@ def main(config: ConfigDict, workdir: str) -> None:
     if index is not None and not _REPORT_ONLY.value:
         # In place of this process: signals and exit code are train.py's.
         os.execv(sys.executable, points[index].command)
+    make_folder(workdir)
     failed = [] if _REPORT_ONLY.value else train_all(points, _JOBS.value)
     say(write_results(points, grid, workdir))
     say(f"{workdir}/results.md, results.csv and results.png hold the results")

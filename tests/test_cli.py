@@ -46,6 +46,19 @@ BAD_INPUT = {
         "error: bad configuration: TypeError: get_config() takes 0",
     ),
     "config file with an error": ("train", "--config=DATA/config.py", "SyntaxError"),
+    "config file with a typo": (
+        "train",
+        "--config=DATA/typo.py",
+        'Did you mean "optimizer" instead of "optimiser"?\' (',
+    ),
+    "config file of nothing": ("train", "--config=DATA/nothing.py", "must return"),
+    "a whole group": ("train", "--config.optimizer={'lr':1.}", "set its parts"),
+    "part of a tuple": ("train", "--config.data.mean[1]=0.1", "config.data.mean[1]"),
+    "a tuple given twice": (
+        "train",
+        "--config.model.dims=(8,8,8,8) --config.model.dims=(16,8,8)",
+        "model.dims=(16, 8, 8)",
+    ),
     "negative seed": ("train", "--config.seed=-1", "seed=-1"),
     "endless": ("train", "--config.eval_every_epochs=inf", "eval_every_epochs=inf"),
     "mean of 255": ("train", "--config.data.mean=(123.,116.,103.)", "data.mean=(123"),
@@ -77,6 +90,11 @@ def outcomes(tmp_path_factory):
                 Image.new("RGB", (40, 40)).save(data / split / name / "0.png")
 
     (data / "config.py").write_text("def get_config(:\n")
+    (data / "nothing.py").write_text("def get_config():\n    pass\n")
+    (data / "typo.py").write_text(
+        "from sparx_jax.training.config import default_config\n"
+        "def get_config():\n    default_config().optimiser = 3\n"
+    )
 
     def outcome(case):
         program, flags, _ = case

@@ -269,6 +269,7 @@ def test_the_command_prints_the_table_and_draws_the_wiring(tmp_path, capsys):
         ("--batch many", "--batch"),
         ("--plt a.png", "--plt"),
         ("sparx_mamba_nano --plot /nowhere/a.png", "/nowhere"),
+        ("sparx_mamba_nano --plot .", "--plot='.' must be a file that ends in .png"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(capsys, words, expected):

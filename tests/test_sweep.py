@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -63,12 +64,13 @@ def test_the_grid_is_the_product_and_the_last_key_changes_fastest(tmp_path):
     "sweeps, name",
     [
         (["optimizer.lr=1e-3", "seed=0"], "lr=0.001,seed=0"),
+        (["seed=0", "optimizer.lr=1e-3"], "lr=0.001,seed=0"),
         (["optimizer.lr=1E-5"], "lr=1e-05"),
         ([STRIDES], "stride=0-1-1-1"),
         (["model.name=sparx_mamba_nano"], "name=sparx_mamba_nano"),
         (
             ["model.name=sparx_mamba_t", "data.name=folder"],
-            "model.name=sparx_mamba_t,data.name=folder",
+            "data.name=folder,model.name=sparx_mamba_t",
         ),
         (["data.root=/a b/c"], "root=-a-b-c"),
         (["use_ema=False"], "use_ema=False"),
@@ -114,8 +116,9 @@ def test_variant_is_the_argument_of_the_config_file(tmp_path):
         (["seed"], {}, "--sweep seed must have the form"),
         (["seed=0,"], {}, "--sweep seed=0, must have the form"),
         (["seed=0", "seed=1"], {}, "names seed twice"),
-        (["optimizer.lr=1e-3,0.001"], {}, "two points lr=0.001"),
-        (["use_ema=True,true"], {}, "two points use_ema=True"),
+        (["optimizer.lr=1e-3,0.001"], {}, "would be called lr=0.001"),
+        (["use_ema=True,true"], {}, "would be called use_ema=True"),
+        (["seed=1,01"], {}, "are the same, seed=1 and seed=01"),
         ([f"init_from={'a' * 250}"], {}, "too long a name for a folder"),
         (["seed=0"], {"seed": 1}, "seed is both swept and set by --config.seed"),
         (["optimizer.rate=1"], {}, "unknown setting config.optimizer.rate"),
@@ -137,13 +140,20 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path):
     for seconds in (4.0, 8.5):  # two starts
         session = Goodput(str(done.folder))
         session.start(0)
-        session._seconds["steps"] = seconds
+        session.seconds["steps"] = seconds
         session.write(359)
     fabricate(half, half.folder, 70.0, step=180)
     fabricate(unsaved, unsaved.folder, 70.0, step=359)
     (unsaved.folder / "checkpoints/359").rename(unsaved.folder / "checkpoints/359.tmp")
     assert sweep.result(done) == (80.0, 90.0, 79.0, 878_486, 12.5)
     assert [sweep.result(p) for p in (half, unsaved, absent)] == [None] * 3
+    shutil.rmtree(done.folder / "checkpoints")
+    assert sweep.result(done) is None
+    (done.folder / "report.png").touch()  # drawn after the last checkpoint
+    assert sweep.result(done).top1 == 80.0
+    (half.folder / "config.json").write_text('{"config": {"mod')
+    with pytest.raises(UserError, match=r"config.json is damaged .*: delete it"):
+        sweep.result(half)
 
 
 def test_a_run_with_other_settings_is_not_taken_for_a_point(tmp_path):
@@ -188,6 +198,18 @@ def test_a_failing_point_stops_no_other_and_is_tried_again(
     assert out.count("training, see") == 1
     logs = [(point.folder / "train.log").read_text() for point in points]
     assert logs[1].count("no luck") == 2 and logs[0].count("cores") == 1
+    cores = len(os.sched_getaffinity(0))  # all of them for the last point
+    assert logs[1].splitlines()[-2] == f"cores {cores}"
+
+
+def test_a_folder_that_cannot_be_made_stops_no_other_point(tmp_path, trainer, capsys):
+    points, _ = points_of(tmp_path / "runs", "seed=0,2,3")
+    for point in points:
+        fabricate(point, tmp_path / "made" / point.folder.name, 90.0, step=359)
+    (tmp_path / "runs").mkdir()
+    points[0].folder.touch()
+    assert sweep.train_all(points, 1) == points[:1]
+    assert "seed=0: FAILED: [Errno " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -265,7 +287,8 @@ def run_main(tmp_path, monkeypatch, *words):
     try:
         sweep.main(None, f"{tmp_path}/runs")
     finally:
-        for name in ("sweep", "jobs", "index", "dry_run", "report_only"):
+        ours = "sweep", "jobs", "index", "dry_run", "report_only"
+        for name in (*ours, "distributed", "start_timeout_s"):
             flags[name].unparse()
             flags[name].value = saved[name]
 
@@ -279,6 +302,18 @@ def test_a_dry_run_prints_commands_and_leaves_nothing(
     assert out.count("train.py --config=") == shown
     assert "1 seed=1\n" in out and "--config.seed=1 --workdir=" in out
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_said_of_processes_is_passed_on(tmp_path, monkeypatch, capsys):
+    words = "--distributed=off", "--start_timeout_s=900"
+    run_main(tmp_path, monkeypatch, "--sweep=seed=0", "--dry_run", *words)
+    assert f" {' '.join(words)} --workdir=" in capsys.readouterr().out
+
+
+def test_a_workdir_that_is_a_file_is_told(tmp_path, monkeypatch):
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match="runs cannot be made or written"):
+        run_main(tmp_path, monkeypatch, "--sweep=seed=0")
 
 
 def test_an_index_beyond_the_points_is_told(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Frozen, validated description of a network: a variant is a value of `ModelConfig`."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,7 +126,7 @@ class ModelConfig:
         size = self.conv_size
         _require("conv_size", size, size >= 1 and size % 2 == 1, "positive and odd")
         ratio = self.mlp_ratio
-        ok = math.isfinite(ratio) and all(int(ratio * dim) >= 1 for dim in self.dims)
+        ok = all(int(ratio * dim) >= 1 for dim in self.dims)
         _require("mlp_ratio", ratio, ok, "positive, for a hidden width of at least 1")
         _require("stem_convs", self.stem_convs, self.stem_convs in (2, 3), "2 or 3")
         rate = self.drop_path_rate

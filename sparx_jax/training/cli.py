@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,7 +76,9 @@ def run(
                 start_timeout_s=_START_TIMEOUT.value,
                 heartbeat_timeout_s=_HEARTBEAT_TIMEOUT.value,
             )
-            main(_CONFIG.value, _WORKDIR.value)
+            # As in --workdir=~/run, where no shell does it.
+            workdir = _WORKDIR.value and os.path.expanduser(_WORKDIR.value)
+            main(_CONFIG.value, workdir)
         except UserError as error:
             _fail(error)
         except Exception as error:
@@ -90,21 +94,28 @@ def run(
     app.run(guarded, flags_parser=partial(_parse, needs_workdir, is_whole))
 
 
+def job_flags() -> list[str]:
+    """What the command line says of joining other processes, for another program."""
+    holders = _DISTRIBUTED, _START_TIMEOUT, _HEARTBEAT_TIMEOUT
+    return [f"--{flag.name}={flag.value}" for flag in holders if flag.present]
+
+
 def load_config(words: Sequence[str]) -> ConfigDict:
     """The settings that train.py takes from its flags `words`, --config=... first.
 
     Raises UserError on a bad file, setting or value.
     """
-    argv, values = ["train.py", *words], flags.FlagValues()
+    argv, values = ["train.py", *_last_of_each(words)], flags.FlagValues()
     options = dict(lock_config=True, flag_values=values, sys_argv=argv)
     config_flags.DEFINE_config_file("config", None, **options)
     with _one_sentence(argv):
         values(argv)
-        _check(values)
+        _check(values, is_whole=True)
     return values.config
 
 
 def _parse(needs_workdir, is_whole, argv):
+    argv = _last_of_each(argv)
     try:
         with _one_sentence(argv):
             rest = flags.FLAGS(argv)
@@ -121,13 +132,24 @@ def _parse(needs_workdir, is_whole, argv):
             for name, flag in needed.items():
                 if not flag.present:
                     raise UserError(f"--{name} is missing: give --{name}=...")
-                if not flag.value:
+                if flag.value == "":
                     raise UserError(f"--{name}= is empty: give it a path.")
-            if is_whole:
-                _check(flags.FLAGS)  # before any device is touched
+            if _CONFIG.present:
+                _check(flags.FLAGS, is_whole)  # before any device is touched
             return rest
     except UserError as error:
         _fail(error)
+
+
+def _last_of_each(words):
+    """Of a setting given twice the last counts; tuples would be joined."""
+    key = lambda word: word.partition("=")[0]  # noqa: E731
+    last = {key(word): i for i, word in enumerate(words)}
+    return [
+        word
+        for i, word in enumerate(words)
+        if last[key(word)] == i or not word.startswith("--config.")
+    ]
 
 
 @contextmanager
@@ -139,13 +161,21 @@ def _one_sentence(argv):
         if "Traceback" in text:  # of get_config; its last line says what was wrong
             text = f"bad configuration: {text.splitlines()[-1]}"
         raise UserError(text) from error
-    except (SyntaxError, ImportError, NameError) as error:
-        kind = type(error).__name__
-        raise UserError(f"the config file cannot be run: {kind}: {error}.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # How ml_collections rejects a key or a value, here or in the config file.
-        message = _unknown_setting(argv) or f"bad configuration: {error}"
+    except UserError:
+        raise
+    except Exception as error:  # of the config file, or how ml_collections rejects
+        message = _unknown_setting(argv) or f"bad configuration: {_told(error, argv)}"
         raise UserError(message) from error
+
+
+def _told(error, argv):
+    """The error, and where in the config file it was raised."""
+    fields = r"Other fields present:.*?(?=Did you mean|$)"  # some 6,000 characters
+    text = f"{type(error).__name__}: {re.sub(fields, '', str(error), flags=re.S)}"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if any(word.startswith(f"--config={frame.filename}") for word in argv):
+            return f"{text} ({frame.filename}, line {frame.lineno})"
+    return text
 
 
 def _unknown_setting(argv):
@@ -159,15 +189,28 @@ def _unknown_setting(argv):
     return None
 
 
-def _check(values):
+def _check(values, is_whole):
     """Of parsed flags; the flag library takes "(2,x)" for a tuple of one string."""
+    config = values["config"].value
+    # What a file that cannot be loaded left behind raises why, at keys().
+    if config is None or set(config.keys()) != set(default_config()):
+        raise UserError(
+            "get_config() of the config file must return default_config(), with values "
+            "changed."
+        )
     for key, value in config_flags.get_override_values(values["config"]).items():
+        if isinstance(value, ConfigDict):
+            raise UserError(
+                f"--config.{key}=... would replace the whole group: set its parts, "
+                f"--config.{key}.NAME=VALUE."
+            )
         if isinstance(value, tuple) and any(isinstance(v, str) for v in value):
             raise UserError(
                 f"--config.{key}={''.join(map(str, value))} is not a tuple of numbers: "
                 "write it as '(2,2,7,2)'."
             )
-    from_config_dict(values["config"].value)
+    if is_whole:
+        from_config_dict(config)
 
 
 def _fail(error: UserError) -> NoReturn:

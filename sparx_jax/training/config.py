@@ -1,6 +1,7 @@
 """The settings of a run: what config files set, validated once into frozen values."""
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -111,8 +112,7 @@ class Config:
         positive = ("train_epochs", "batch_size", "eval_batch_size")
         for name in (*positive, "eval_every_epochs", "log_every_steps"):
             value = getattr(self, name)
-            ok = 0 < value < float("inf")
-            require(f"config.{name}", value, ok, "positive and finite")
+            require(f"config.{name}", value, value > 0, "positive")
         require("config.seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")
         for name, value in (
             ("label_smoothing", self.label_smoothing),
@@ -127,15 +127,12 @@ class Config:
         for name in ("probability", "switch", "erasing"):
             value = getattr(self.mixing, name)
             require(f"config.mixing.{name}", value, 0 <= value <= 1, "in [0, 1]")
-        for name in ("checkpoint_every_steps", "max_skipped_steps"):
+        for name in ("cooldown_epochs", "checkpoint_every_steps", "max_skipped_steps"):
             value = getattr(self, name)
             require(f"config.{name}", value, value >= 0, "at least 0")
         value = self.profile_steps
         ok = not value or (len(value) == 2 and 0 < value[0] <= value[1])
         require("config.profile_steps", value, ok, "() or (first, last), from 1")
-        value = self.cooldown_epochs
-        ok = 0 <= value < float("inf")
-        require("config.cooldown_epochs", value, ok, "at least 0 and finite")
         for name in ("lr", "eps"):
             value = getattr(optimizer, name)
             require(f"config.optimizer.{name}", value, value > 0, "positive")
@@ -220,6 +217,10 @@ def from_config_dict(config: ConfigDict, *, num_classes: int | None = None) -> C
       UserError: a setting has a wrong type or value.
     """
     values = config.to_dict()
+    # No shell does it in --config.data.root=~/images.
+    for folders, key in ((values, "init_from"), (values.get("data", {}), "root")):
+        if isinstance(folders.get(key), str):
+            folders[key] = os.path.expanduser(folders[key])
     overrides = _without_none(values.pop("model", {}))
     name = overrides.pop("name", None)
     if num_classes is not None:

@@ -32,7 +32,13 @@ from sparx_jax.parallel.processes import together
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import Config, as_dict, changes
-from sparx_jax.training.logging import Stopwatch, duration, read_metrics, say
+from sparx_jax.training.logging import (
+    Stopwatch,
+    duration,
+    read_metrics,
+    say,
+    without_nan,
+)
 from sparx_jax.training.results import Result, table, write_results
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.state import Weights
@@ -174,12 +180,12 @@ def evaluate_checkpoint(
         "workdir": str(workdir),
         "step": number,
         "weights": weights,
-        **results[0]._asdict(),
-        "results": [result._asdict() for result in results],
+        **without_nan(results[0]._asdict()),
+        "results": [without_nan(result._asdict()) for result in results],
     }
     parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
     say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
-    say(json.dumps(summary))
+    say(json.dumps(summary, allow_nan=False))
     with storage_errors(workdir):  # last: it costs no number
         if jax.process_index() == 0:
             write_results(workdir, title, results, summary)

@@ -84,6 +84,8 @@ def summary(sessions: list[dict[str, Any]]) -> dict[str, Any]:
 def read_sessions(workdir: str) -> list[dict[str, Any]]:
     """The sessions of a run so far; none if the file cannot be read."""
     try:
-        return json.loads((Path(workdir) / "goodput.json").read_text())["sessions"]
+        sessions = json.loads((Path(workdir) / "goodput.json").read_text())["sessions"]
+        summary(sessions)  # they have all that it needs
+        return sessions
     except (OSError, ValueError, LookupError, TypeError):  # no reason to lose a run
         return []

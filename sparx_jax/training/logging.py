@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,8 @@ class MetricsLog:
         """Appends a record; numbers that JSON cannot hold become null."""
         if self._path is None:
             return
-        plain = {k: v if math.isfinite(v) else None for k, v in record.items()}
         with storage_errors(self._path), self._path.open("a") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in record.items():
                 if key != "step":
@@ -56,15 +56,26 @@ class MetricsLog:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The records of a run, without a last line that was torn by a kill."""
+    """The records of a run, without lines that a kill has torn or a disk damaged."""
     path = Path(workdir) / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records
+
+
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """None for numbers that JSON cannot hold."""
+    missing = {
+        key: None
+        for key, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    return record | missing
 
 
 class Stopwatch:

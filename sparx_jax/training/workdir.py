@@ -39,26 +39,39 @@ def held(workdir: str) -> Iterator[None]:
             file.close()
 
 
-def _lock(workdir):
-    path = Path(workdir)
+def make_folder(workdir: str) -> Path:
+    """The folder of runs, or of one.  Raises UserError if it cannot be made."""
     # Orbax looks for its files by patterns: under a path with these it finds none, and
     # what it saves is incomplete.
+    path = Path(workdir)
     if "://" in workdir or set("[\\") & set(str(path.absolute())):
         raise UserError(
             f"--workdir={workdir} is a URL, or there is a [ or \\ in its path, "
             "where checkpoints cannot be kept: give the path of a folder, for instance "
             "in a mounted bucket."
         )
-    try:
+    with _user_errors(workdir):
         path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() != 0:
-            return None
-        file = (path / "lock").open("a+")
+    return path
+
+
+@contextmanager
+def _user_errors(workdir):
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be made or written ({error.strerror}): give "
             "the path of a folder that may be written."
         ) from error
+
+
+def _lock(workdir):
+    path = make_folder(workdir)
+    if jax.process_index() != 0:
+        return None
+    with _user_errors(workdir):
+        file = (path / "lock").open("a+")
     if not lock(file):
         file.seek(0)
         holder = file.read().strip()

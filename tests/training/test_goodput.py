@@ -49,7 +49,9 @@ def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
     assert kept == [(0, 30), (20, 40)]
 
 
-@pytest.mark.parametrize("text", ["", '{"goodput": 0.9, "sess', "{}", "[]"])
+@pytest.mark.parametrize(
+    "text", ["", '{"goodput": 0.9, "sess', "{}", "[]", '{"sessions": [{"to_step": 3}]}']
+)
 def test_a_torn_file_is_no_reason_to_lose_a_run(tmp_path, text):
     (tmp_path / "goodput.json").write_text(text)
     goodput = Goodput(str(tmp_path))

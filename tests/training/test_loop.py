@@ -360,6 +360,12 @@ def test_an_evaluation_that_is_repeated_stands_in_the_metrics_once(tmp_path):
     assert read_metrics(str(tmp_path)) == [{"step": 4, "train_loss": 1.0}]
 
 
+def test_damaged_lines_of_the_metrics_cost_no_others(tmp_path):
+    lines = b'{"step": 1}\n{"st\xe5p": 2}\n{"step": 3\n7\n{"step": 4}\n{"ste'
+    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    assert [record["step"] for record in read_metrics(str(tmp_path))] == [1, 4]
+
+
 def test_a_checkpoint_of_another_model_is_refused_with_the_difference(finished):
     other = tiny_settings(**{"model.dims": (8, 8, 12, 20)})
     message = r"another model: dims=\[8, 8, 12, 16\] there, \[8, 8, 12, 20\] here"
