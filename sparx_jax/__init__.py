@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "create_model": "sparx_jax.models",
     "list_models": "sparx_jax.models",
+    "load_run": "sparx_jax.training.restore",
     "load_torch_weights": "sparx_jax.interop",
     "read_torch_file": "sparx_jax.interop",
     "torch_state_dict": "sparx_jax.interop",
@@ -13,10 +14,15 @@ _HOME = {
 __all__ = [
     "create_model",
     "list_models",
+    "load_run",
     "load_torch_weights",
     "read_torch_file",
     "torch_state_dict",
 ]
+
+
+def __dir__():
+    return [*globals(), *__all__]
 
 
 def __getattr__(name):

@@ -131,8 +131,11 @@ def _real_labels(root, val):
             f"--datasets names 'real', but {path} is missing: copy it there from "
             "https://github.com/google-research/reassessed-imagenet."
         )
-    with open(path) as file:
-        labels = json.load(file)
+    try:
+        with open(path) as file:
+            labels = json.load(file)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): copy it there again.") from error
     answers = []
     for index in range(len(val)):
         name = os.path.basename(val.name(index))

@@ -73,8 +73,9 @@ def read_torch_file(
 
     Returns:
       Arrays by name, in the order of the file, with the shapes and dtypes as saved
-      (bfloat16 is that of ml_dtypes). A "module." prefix that all names share is cut
-      off. Arrays of a zip file are read-only views, strided and shared as saved.
+      (bfloat16 is that of ml_dtypes). A prefix of DataParallel or torch.compile that
+      all names share is cut off. Arrays of a zip file are read-only views, strided and
+      shared as saved.
 
     Raises:
       UserError: the file is missing, damaged, of another format, without a state dict,
@@ -91,8 +92,9 @@ def read_torch_file(
     except Exception as error:  # the parsers of such bytes raise too many kinds
         problem = f"is cut short or damaged ({error or type(error).__name__})"
         _fail(path, problem, "download or copy it again", error)
-    if all(name.startswith("module.") for name in arrays):  # by DataParallel
-        return {name.removeprefix("module."): arrays[name] for name in arrays}
+    for prefix in ("module.", "_orig_mod."):  # of DataParallel, around torch.compile's
+        if all(name.startswith(prefix) for name in arrays):
+            arrays = {name.removeprefix(prefix): a for name, a in arrays.items()}
     return arrays
 
 

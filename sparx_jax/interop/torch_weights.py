@@ -7,12 +7,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sparx_jax.interop.names import from_torch, to_torch
+from sparx_jax.interop.names import from_torch, skeleton, to_torch, torch_name
 from sparx_jax.interop.torch_files import read_torch_file
+
+# What follows the last stage, or for dense prediction each of them.
+_HEADS = "head.", "head_norm.", "stage_norms."
 
 
 def load_torch_weights(
-    model: nnx.Module, weights: str | os.PathLike | Mapping[str, np.ndarray]
+    model: nnx.Module,
+    weights: str | os.PathLike | Mapping[str, np.ndarray],
+    *,
+    backbone_only: bool = False,
 ) -> None:
     """Replaces all parameters and BatchNorm statistics of `model`.
 
@@ -20,6 +26,8 @@ def load_torch_weights(
       model: a network whose torch counterpart saved the weights.
       weights: a `.pth` or `.safetensors` file, read without running anything from it,
         or arrays by torch name.
+      backbone_only: leaves the classifier and the norms of the output as they are, and
+        those of `weights` aside: another number of classes or form of the network.
 
     Raises:
       UserError: the file cannot be read, or weights and network do not match one to
@@ -28,6 +36,11 @@ def load_torch_weights(
     if not isinstance(weights, Mapping):
         weights = read_torch_file(weights)
     variables = _variables(model)
+    if backbone_only:
+        whose = skeleton(variables)
+        names = tuple(torch_name(part, whose) for part in _HEADS)
+        weights = {k: a for k, a in weights.items() if not k.startswith(names)}
+        variables = {k: v for k, v in variables.items() if not k.startswith(_HEADS)}
     arrays = from_torch(weights, {path: v.shape for path, v in variables.items()})
     # Copies: a view of the caller's array would change with it, as in torch's steps.
     copies = {path: np.array(arrays[path], v.dtype, order="C")

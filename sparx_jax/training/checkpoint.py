@@ -1,9 +1,11 @@
 """Checkpoints by Orbax, four items a step, with fingerprints of every array."""
 
 import contextlib
+import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -23,7 +25,7 @@ from sparx_jax.training.fingerprint import differing, fingerprints
 from sparx_jax.training.logging import say
 from sparx_jax.training.state import TrainState, Weights, abstract
 
-WeightKind = Literal["raw", "ema"]
+WeightKind = Literal["raw", "ema", "auto"]
 
 # Separate items, so that evaluation reads no more than the weights that it wants.
 ITEMS = ("params", "ema", "optimizer", "meta")
@@ -40,6 +42,17 @@ _STORAGE_SIGNS = (
     "Permission denied",
     "Input/output error",
 )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Reads metrics from `meta`: a damaged file of them would close the folder."""
+
+    def metrics(self, step):
+        try:
+            path = self.directory / str(step) / "meta" / "metadata"
+            return {"top1": float(json.loads(path.read_text())["metrics"]["top1"])}
+        except (OSError, ValueError, KeyError, TypeError):  # damaged, or not evaluated
+            return None
 
 
 class Checkpoints:
@@ -72,7 +85,7 @@ class Checkpoints:
         if not read_only:
             self._put_back()
         with self._storage_errors():
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.path,
                 item_names=ITEMS,
                 options=ocp.CheckpointManagerOptions(
@@ -125,6 +138,7 @@ class Checkpoints:
             "metrics": metrics,
             "fingerprints": {k: fingerprints(item) for k, item in items.items()},
         }
+        meta["checksum"] = _checksum(meta)
         args = {k: ocp.args.StandardSave(item) for k, item in items.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
         self.wait()
@@ -222,19 +236,20 @@ class Checkpoints:
 
     def restore_weights(
         self, step: int, kind: WeightKind, like: Weights, model: dict
-    ) -> Weights:
-        """Only the raw or averaged weights of a step.  Raises as `restore`."""
+    ) -> tuple[WeightKind, Weights]:
+        """Only the raw or averaged weights of a step, and which; auto: averaged if any.
+
+        Raises as `restore`.
+        """
+        if kind == "auto":
+            kind = "ema" if "ema" in self.meta(step)["fingerprints"] else "raw"
         item = "params" if kind == "raw" else "ema"
         restored = self._restore(step, {item: _as_item(like)}, model)
-        return _from_item(restored[item], like)
+        return kind, _from_item(restored[item], like)
 
     def holds(self, step: int) -> bool:
         """Whether the step is there now."""
         return (self.path / str(step)).is_dir()
-
-    def has_ema(self, step: int) -> bool:
-        """Whether the step holds averaged weights."""
-        return (self.path / str(step) / "ema").is_dir()
 
     def close(self) -> None:
         """Waits and lets go."""
@@ -263,7 +278,7 @@ class Checkpoints:
         """Fingerprints by item, once it is known that `targets` fit the step."""
         meta = self._meta(step)
         self._check_model(step, meta, model)
-        if "ema" in targets and not self.has_ema(step):
+        if "ema" in targets and "ema" not in meta["fingerprints"]:
             raise UserError(
                 f"checkpoint {step} in {self.path} was saved without a moving average: "
                 "set config.use_ema=False, and in eval.py --weights=raw."
@@ -275,7 +290,13 @@ class Checkpoints:
 
     def _meta(self, step):
         with self._damage(step):
-            return dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
+            meta = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
+            # Checkpoints of older versions have none.
+            if meta.pop("checksum", None) not in (None, _checksum(meta)):
+                raise ValueError("meta differs from what was saved")
+            if meta["step"] != step:
+                raise ValueError(f"it is that of step {meta['step']}")
+            return meta
 
     def _read(self, step, **args):
         path = self.path / str(step)
@@ -362,6 +383,11 @@ def other_class(meta: dict[str, Any], names: Sequence[str]) -> str:
         if saved and names and there != here:
             return f"class {i} is {there!r} there, {here!r} here"
     return ""
+
+
+def _checksum(meta):
+    """Of the one item that no fingerprint covers."""
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
 
 
 def _as_item(weights):

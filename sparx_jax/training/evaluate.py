@@ -154,7 +154,7 @@ def evaluate_checkpoint(
     watch = Stopwatch()
     with closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         checkpoints.find(step)  # or the folder is told before the data set
-        config, _, source, mesh = together(lambda: prepare(settings))
+        config, _, source, mesh = together(lambda: prepare(settings, training=False))
         network, like = states.split(models.build(config.model, config.seed))
         like = jax.device_put(like, state_shardings(like, mesh))
         number, weights, restored = _restore(
@@ -197,9 +197,7 @@ def evaluate_checkpoint(
 def _restore(checkpoints, step, weights, config, source, like):
     """Number of the step, kind of the weights, and the weights themselves."""
     while True:
-        number, kind = checkpoints.find(step), weights
-        if weights == "auto":
-            kind = "ema" if checkpoints.has_ema(number) else "raw"
+        number = checkpoints.find(step)
         try:
             meta = checkpoints.meta(number)
             if other := other_class(meta, source.class_names):
@@ -209,8 +207,8 @@ def _restore(checkpoints, step, weights, config, source, like):
                     "folders by the same names."
                 )
             settings = as_dict(config)
-            restored = checkpoints.restore_weights(
-                number, kind, like, settings["model"]
+            kind, restored = checkpoints.restore_weights(
+                number, weights, like, settings["model"]
             )
         except DamagedError:
             # Training goes on, and a newer step took its place since.

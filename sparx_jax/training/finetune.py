@@ -6,15 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sparx_jax import models
 from sparx_jax.errors import UserError
 from sparx_jax.interop.names import from_torch, skeleton, torch_name
 from sparx_jax.interop.torch_files import read_torch_file
 from sparx_jax.interop.windows import resize_position_bias
 from sparx_jax.parallel.processes import together
-from sparx_jax.training import state as states
-from sparx_jax.training.checkpoint import Checkpoints, other_class
+from sparx_jax.training.checkpoint import other_class
 from sparx_jax.training.logging import say
+from sparx_jax.training.restore import restore_run
 from sparx_jax.training.state import TrainState, Weights
 
 HEAD = ("head.kernel", "head.bias")
@@ -81,22 +80,10 @@ def _from_run(path, sharding):
     """Arrays of a run's folder or one of its checkpoints, what they are, and meta."""
     is_step = path.name.isdigit() and path.parent.name == "checkpoints"
     workdir, which = (path.parents[1], path.name) if is_step else (path, "best")
-    checkpoints = Checkpoints(str(workdir), read_only=True)
-    try:
-        step = checkpoints.find(which)
-        meta = checkpoints.meta(step)
-        config = meta["config"]
-        model = models.model_config(config["model_name"], **config["model"])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(lambda: states.split(models.build(model, 0))[1]),
-        )
-        kind = "ema" if checkpoints.has_ema(step) else "raw"
-        weights = checkpoints.restore_weights(step, kind, like, config["model"])
-    finally:
-        checkpoints.close()
-    what = f"step {step:,} of {workdir} ({kind} weights)"
-    return jax.device_get(weights.params | weights.batch_stats), what, meta
+    found = restore_run(str(workdir), which, "auto", sharding)
+    what = f"step {found.step:,} of {workdir} ({found.kind} weights)"
+    params, statistics = jax.device_get(found.weights)
+    return params | statistics, what, found.meta
 
 
 def _from_torch(path, own):

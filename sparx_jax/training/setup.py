@@ -21,8 +21,10 @@ class Setup(NamedTuple):
     mesh: Mesh
 
 
-def prepare(settings: ConfigDict) -> Setup:
+def prepare(settings: ConfigDict, *, training: bool = True) -> Setup:
     """Opens the data, counts its classes and checks the batch sizes.
+
+    Evaluation has no use for that of training.
 
     Nothing is compiled yet: bad input is told within seconds.  Raises UserError.
     """
@@ -36,7 +38,7 @@ def prepare(settings: ConfigDict) -> Setup:
         )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    for name in ("batch_size", "eval_batch_size"):
+    for name in ("batch_size", "eval_batch_size")[not training :]:
         size, devices = getattr(config, name), mesh.size
         if size % devices:
             raise UserError(

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparx_jax.errors import UserError
+from sparx_jax.interop import load_torch_weights, torch_state_dict
 from sparx_jax.interop.names import from_torch, to_torch
 from sparx_jax.models import Backbone, ConnectorConfig, list_models, model_config
 
@@ -185,6 +187,27 @@ def test_torch_names_lead_back_to_the_same_arrays(name):
     assert returned.keys() == arrays.keys()
     for path, array in arrays.items():
         np.testing.assert_array_equal(returned[path], array, err_msg=path)
+
+
+@families
+@pytest.mark.parametrize(
+    "form",
+    [{"num_classes": 7}, {"num_classes": 0}, {"num_classes": 0, "stage_norms": True}],
+)
+def test_a_backbone_is_loaded_into_every_form(config, form):
+    given = torch_state_dict(Backbone(config, rngs=nnx.Rngs(1)))
+    model = Backbone(config.replace(**form), rngs=nnx.Rngs(2))
+    before = torch_state_dict(model)
+    load_torch_weights(model, given, backbone_only=True)
+    heads = "head", "classifier", "norm."
+    for name, array in torch_state_dict(model).items():
+        expected = before if name.startswith(heads) else given
+        np.testing.assert_array_equal(array, expected[name], strict=True, err_msg=name)
+    with pytest.raises(UserError, match=r"of another network|of classes"):
+        load_torch_weights(model, given)
+    other = {f"x.{name}": array for name, array in given.items()}
+    with pytest.raises(UserError, match="of another network"):
+        load_torch_weights(model, other, backbone_only=True)
 
 
 @pytest.mark.parametrize(

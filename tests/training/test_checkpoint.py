@@ -86,6 +86,19 @@ def without_meta(step):
     shutil.rmtree(step / "meta")
 
 
+def another_word_in_meta(step):
+    file = step / "meta/metadata"
+    file.write_text(file.read_text().replace('"batch_size"', '"catch_size"', 1))
+
+
+def meta_of_another_step(step):
+    shutil.copy(step.parent / "8/meta/metadata", step / "meta/metadata")
+
+
+def without_average(step):
+    shutil.rmtree(step / "ema")
+
+
 DAMAGES = {
     "flipped bits in each file of params": flip("params"),
     "flipped bits in each file of ema": flip("ema"),
@@ -94,6 +107,9 @@ DAMAGES = {
     "an empty folder": empty,
     "a half-copied folder": half_copied,
     "no meta": without_meta,
+    "another word in meta": another_word_in_meta,
+    "the meta of another step": meta_of_another_step,
+    "a folder without the average": without_average,
 }
 
 
@@ -131,6 +147,17 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
     told = capsys.readouterr().out
     assert "checkpoint 12 in" in told and "moved damaged checkpoint(s) [12]" in told
     assert [p.name.split("-")[0] for p in Path(workdir, "damaged").iterdir()] == ["12"]
+
+
+def test_damaged_metrics_of_an_old_step_close_no_folder(finished, tmp_path):
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    checkpoints = Checkpoints(workdir, read_only=True)
+    best = checkpoints.find("best")
+    checkpoints.close()
+    (tmp_path / f"run/checkpoints/{best}/metrics/metrics").write_text('{"top1": 1')
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.find("best") == best and checkpoints.latest_step() == 12
+    checkpoints.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

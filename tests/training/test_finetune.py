@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from sparx_jax import create_model
+from sparx_jax import create_model, load_run
 from sparx_jax.errors import UserError
 from sparx_jax.interop.names import to_torch, torch_name
 from sparx_jax.interop.windows import resize_position_bias
@@ -73,6 +73,18 @@ def saved(run, tmp_path_factory):
     checkpoints.save(state, as_dict(run.config), metrics, class_names="0123456789")
     checkpoints.close()
     return workdir, flat(state.ema)
+
+
+def test_a_trained_network_is_loaded_by_its_folder(saved, tmp_path):
+    folder, average = saved
+    found = flat(states.split(load_run(folder))[1])
+    raw = flat(states.split(load_run(folder, step="7", weights="raw"))[1])
+    assert found.keys() == average.keys() == raw.keys()
+    for path, array in average.items():
+        np.testing.assert_array_equal(found[path], array, strict=True)
+        assert not np.array_equal(raw[path], array)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        load_run(tmp_path)
 
 
 @pytest.fixture(scope="module")

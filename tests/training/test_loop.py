@@ -380,11 +380,10 @@ def test_a_run_without_average_is_evaluated_raw(finished, tmp_path, run):
     state = run.init()._replace(ema=None)
     checkpoints.save(state, as_dict(run.config), {"top1": 1.0})
     checkpoints.wait()
-    assert not checkpoints.has_ema(0)
+    model = as_dict(run.config)["model"]
+    assert checkpoints.restore_weights(0, "auto", state.weights, model)[0] == "raw"
     with pytest.raises(UserError, match="without a moving average"):
-        checkpoints.restore_weights(
-            0, "ema", state.weights, as_dict(run.config)["model"]
-        )
+        checkpoints.restore_weights(0, "ema", state.weights, model)
     checkpoints.close()
 
 
