@@ -6,11 +6,13 @@ import platform
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sparx_jax.errors import BusyError, StorageError, UserError
 from sparx_jax.locks import lock
@@ -30,9 +32,12 @@ def held(workdir: str) -> Iterator[None]:
     Raises UserError if the folder cannot be made or is not the same for all processes,
     BusyError if it is taken.
     """
-    file = together(lambda: _lock(workdir))
+    starts = multihost_utils.process_allgather(np.int32(time.time()))
+    start = time.gmtime(np.ravel(starts)[0])  # of process 0
+    since = f"since {time.strftime('%F %T UTC', start)}"
+    file = together(lambda: _lock(workdir, since))
     try:
-        together(lambda: _check_shared(workdir))
+        together(lambda: _check_shared(workdir, since))
         yield
     finally:
         if file is not None:
@@ -66,7 +71,7 @@ def _user_errors(workdir):
         ) from error
 
 
-def _lock(workdir):
+def _lock(workdir, since):
     path = make_folder(workdir)
     if jax.process_index() != 0:
         return None
@@ -80,21 +85,23 @@ def _lock(workdir):
             f"--workdir={workdir} is in use by {holder or 'another trainer'}: wait for "
             "it, stop it, or give another --workdir."
         )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    # By a file that is closed: other hosts see nothing else in a bucket.
+    holder = f"process {os.getpid()} on {socket.gethostname()} {since}"
+    with _user_errors(workdir):
+        (path / "lock").write_text(holder)
     return file
 
 
-def _check_shared(workdir):
+def _check_shared(workdir, since):
     """Otherwise the processes would wait for each other's files in the first save."""
-    path = Path(workdir) / "lock"  # process 0 has made it
-    for _ in range(60):  # network file systems remember for a while what was missing
-        if path.exists():
-            return
+    path = Path(workdir) / "lock"
+    for _ in range(60):  # network file systems remember for a while what was there
+        with suppress(OSError):
+            if path.read_text().endswith(since):
+                return
         time.sleep(1)
     raise UserError(
-        f"process {jax.process_index()} does not see {path}, which process 0 has made: "
+        f"process {jax.process_index()} does not see what process 0 wrote to {path}: "
         "give a --workdir that all hosts share."
     )
 
