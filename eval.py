@@ -43,4 +43,5 @@ def main(config, workdir):
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)  # for --help
     cli.run(main)

@@ -3,7 +3,7 @@
 # this folder, shows that instead of starting another.  Ends with its exit code.
 #
 #   launch/detach.sh python train.py --config=... --workdir=...
-#   kill "$(cat run.pid)"     preempts it
+#   pkill -F run.pid -f supervise     preempts it
 #
 # Leaves run.log, run.pid and run.code in the folder where it is called.
 set -u

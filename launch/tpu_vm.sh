@@ -18,10 +18,10 @@ for variable in NAME ZONE TYPE VERSION; do
   [[ ${!variable-} ]] || die "$variable is not set: see the head of launch/tpu_vm.sh."
 done
 
-failures=0 # of gcloud, one after the other
+failures=0 # one after the other
 failed() { # ten minutes of it may be the network, a login that has ended, VMs that boot
-  ((++failures < 20)) || die "gcloud failed $failures times for $NAME: see its messages."
-  echo "launch: gcloud failed, trying again ($failures of 20)" >&2
+  ((++failures < 20)) || die "launching $NAME failed $failures times: see above."
+  echo "launch: that failed, trying again ($failures of 20)" >&2
   sleep "${POLL_SECONDS:-30}"
 }
 
@@ -61,7 +61,10 @@ wait_for_slice() {
       SUSPENDED) delete || failed ;;
       FAILED) die "gcloud could not make $NAME: describe the queued resource." ;;
       UNKNOWN) failed ;;
-      *) sleep "${POLL_SECONDS:-30}" ;;
+      *)
+        failures=0
+        sleep "${POLL_SECONDS:-30}"
+        ;;
     esac
   done
 }
@@ -69,8 +72,9 @@ wait_for_slice() {
 copy_code() { # unless the hosts train already
   local folder code
   folder=$(mktemp -d)
-  git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$folder/sparx_jax.tgz" HEAD &&
-    gcloud compute tpus tpu-vm scp "$folder/sparx_jax.tgz" "$NAME:" --zone="$ZONE" \
+  git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$folder/sparx_jax.tgz" HEAD ||
+    die "the code of HEAD cannot be packed: git's message is above."
+  gcloud compute tpus tpu-vm scp "$folder/sparx_jax.tgz" "$NAME:" --zone="$ZONE" \
       --worker=all --quiet &&
     on_all "pgrep -F sparx_jax/run.pid -f supervise >/dev/null 2>&1 || {
       mkdir -p sparx_jax && tar xzf sparx_jax.tgz -C sparx_jax &&

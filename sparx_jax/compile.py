@@ -363,6 +363,8 @@ def main(config: ConfigDict, workdir: str | None) -> None:
     del workdir
     if not (folder := Path(_OUT.value).absolute().parent).is_dir():
         raise UserError(f"--out={_OUT.value}: there is no folder {folder}, make it.")
+    if _OUT.value and Path(_OUT.value).is_dir():
+        raise UserError(f"--out={_OUT.value} is a folder: give the path of a file.")
     devices, chip = find_devices(_TOPOLOGY.value)
     if _TOPOLOGY.value != HERE:  # programs for devices that are not here cannot be read
         jax.config.update("jax_enable_compilation_cache", False)
@@ -376,4 +378,5 @@ def main(config: ConfigDict, workdir: str | None) -> None:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
     cli.run(main, needs_workdir=False, joins=False)

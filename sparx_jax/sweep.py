@@ -39,7 +39,7 @@ from sparx_jax.training import cli, goodput
 from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
 from sparx_jax.training.logging import duration, read_metrics, say
 from sparx_jax.training.loop import plan
-from sparx_jax.training.workdir import make_folder, replace_text
+from sparx_jax.training.workdir import make_folder, replace_text, storage_errors
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -188,13 +188,12 @@ def result(point: Point) -> Result | None:
         return None
     try:
         about = json.loads(file.read_text())
-    except ValueError as error:
+        num_classes = about["config"]["model"]["num_classes"]
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{file} is damaged ({error}): delete it to train this point again."
+            f"{file} is damaged ({error}): delete {point.folder} to train it again."
         ) from error
-    config = from_config_dict(
-        point.settings, num_classes=about["config"]["model"]["num_classes"]
-    )
+    config = from_config_dict(point.settings, num_classes=num_classes)
     if differing := changes_of_run(about["config"], as_dict(config)):
         raise UserError(
             f"{point.folder} holds a run with other settings: {'; '.join(differing)}; "
@@ -204,9 +203,9 @@ def result(point: Point) -> Result | None:
         return None
     last = evaluations[-1]
     examples = round(last["step"] / last["epoch"] * config.batch_size)
-    traces = f"checkpoints/{last['step']}", "report.png"
-    saved = any((point.folder / trace).exists() for trace in traces)
-    if last["step"] < plan(config, examples).total_steps or not saved:
+    checkpoints, report = point.folder / "checkpoints", point.folder / "report.png"
+    saved = checkpoints / str(last["step"]) if checkpoints.exists() else report
+    if last["step"] < plan(config, examples).total_steps or not saved.exists():
         return None
     sessions = goodput.read_sessions(str(point.folder))
     return Result(
@@ -363,7 +362,8 @@ def write_results(
             [*point.values.values(), point.folder.name, bool(found), *cells]
         )
     replace_text(folder / "results.csv", lines.getvalue())
-    write_sweep(folder / "results.png", pictured, folder.name)
+    with storage_errors(folder):
+        write_sweep(folder / "results.png", pictured, folder.name)
     return table
 
 
@@ -382,6 +382,11 @@ def _table(header, rows):
 def main(config: ConfigDict, workdir: str) -> None:
     """What the flags say; exits with 1 if a point failed."""
     del config  # that of no point
+    if not TRAIN.is_file():
+        raise UserError(
+            f"{TRAIN} is missing: sweeps run in a clone of the repository, not in an "
+            "installed package."
+        )
     flag = flags.FLAGS["config"]
     grid = parse_grid(_SWEEP.value)
     points = make_points(
@@ -414,4 +419,5 @@ def main(config: ConfigDict, workdir: str) -> None:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
     cli.run(main, joins=False, is_whole=False)

@@ -54,6 +54,11 @@ BAD_INPUT = {
     "config file of nothing": ("train", "--config=DATA/nothing.py", "must return"),
     "a whole group": ("train", "--config.optimizer={'lr':1.}", "set its parts"),
     "part of a tuple": ("train", "--config.data.mean[1]=0.1", "config.data.mean[1]"),
+    "given twice with spaces": (
+        "train",
+        "--config.seed 1 --config.seed 2 --config.use_ema=x",
+        "use_ema=x",
+    ),
     "a tuple given twice": (
         "train",
         "--config.model.dims=(8,8,8,8) --config.model.dims=(16,8,8)",

@@ -427,7 +427,7 @@ def test_a_slice_of_which_gcloud_cannot_tell_is_neither_made_nor_given_up(bench,
     assert done.returncode == 0 and "UNAVAILABLE: try again." in done.stderr
     assert verbs(bench) == ["scp", "ssh", "ssh"]
     done = tpu("train", "python", "train.py", states=states[:1])
-    assert done.returncode == 78 and "gcloud failed 20 times for pod" in done.stderr
+    assert done.returncode == 78 and "launching pod failed 20 times" in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["create", "scp", "setup_vm.sh"])

@@ -147,12 +147,14 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_there(tmp_path):
     (unsaved.folder / "checkpoints/359").rename(unsaved.folder / "checkpoints/359.tmp")
     assert sweep.result(done) == (80.0, 90.0, 79.0, 878_486, 12.5)
     assert [sweep.result(p) for p in (half, unsaved, absent)] == [None] * 3
+    (unsaved.folder / "report.png").touch()  # by eval.py
+    assert sweep.result(unsaved) is None
     shutil.rmtree(done.folder / "checkpoints")
     assert sweep.result(done) is None
-    (done.folder / "report.png").touch()  # drawn after the last checkpoint
-    assert sweep.result(done).top1 == 80.0
+    (done.folder / "report.png").touch()
+    assert sweep.result(done).top1 == 80.0  # its checkpoints were deleted
     (half.folder / "config.json").write_text('{"config": {"mod')
-    with pytest.raises(UserError, match=r"config.json is damaged .*: delete it"):
+    with pytest.raises(UserError, match=r"config.json is damaged .*: delete "):
         sweep.result(half)
 
 

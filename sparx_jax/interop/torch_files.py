@@ -81,7 +81,7 @@ def read_torch_file(
       UserError: the file is missing, damaged, of another format, without a state dict,
         or refers to anything that tensors and plain settings do not need.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         arrays = _read(path, key)
     except UserError:
@@ -92,7 +92,8 @@ def read_torch_file(
     except Exception as error:  # the parsers of such bytes raise too many kinds
         problem = f"is cut short or damaged ({error or type(error).__name__})"
         _fail(path, problem, "download or copy it again", error)
-    for prefix in ("module.", "_orig_mod."):  # of DataParallel, around torch.compile's
+    # Of DataParallel, and of torch.compile inside or around it.
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in arrays):
             arrays = {name.removeprefix(prefix): a for name, a in arrays.items()}
     return arrays

@@ -1,7 +1,9 @@
 """Processes that train together: how they start, agree, stop and lose each other."""
 
 import os
+import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -47,14 +49,15 @@ def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None
     explicit = {}
     if any(given.values()):
         address, count, index = (value or "" for value in given.values())
-        numbers = address.rpartition(":")[2], count, index
-        whole = ":" in address and all(map(str.isdigit, numbers))
+        whole = re.fullmatch(r"\S+:\d+ \d+ \d+", f"{address} {count} {index}", re.A)
         if not whole or int(index) >= int(count):
             raise UserError(
                 "the processes of a job are described by all of "
                 + ", ".join(f"{k}={v or ''}" for k, v in given.items())
                 + " (host:port, a number, and one from 0 below it): set all or none."
             )
+        if int(index) == 0:
+            _check_port(address)
         explicit = dict(
             coordinator_address=address,
             num_processes=int(count),
@@ -94,15 +97,19 @@ def start(mode: Mode, *, start_timeout_s: int, heartbeat_timeout_s: int) -> None
                 f"--distributed={mode} found no job to join ({mpi or error}): set "
                 f"{', '.join(VARIABLES)}, or use --distributed=off."
             ) from error
-    except jax.errors.JaxRuntimeError as error:
-        if "start RPC server" not in str(error):
-            raise
-        raise UserError(
-            f"process 0 cannot listen at {given[VARIABLES[0]] or 'its port'}: end what "
-            "uses the port, or give another."
-        ) from error
     finally:
         watchdog.cancel()
+
+
+def _check_port(address):
+    """That process 0 can listen there; where it cannot jaxlib 0.10.2 may crash."""
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"process 0 cannot listen at {address} ({error}): end what uses the port, "
+            "or give another."
+        ) from error
 
 
 def end(exit_code: int) -> NoReturn:

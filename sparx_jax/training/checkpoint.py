@@ -25,7 +25,7 @@ from sparx_jax.training.fingerprint import differing, fingerprints
 from sparx_jax.training.logging import say
 from sparx_jax.training.state import TrainState, Weights, abstract
 
-WeightKind = Literal["raw", "ema", "auto"]
+WeightKind = Literal["raw", "ema"]
 
 # Separate items, so that evaluation reads no more than the weights that it wants.
 ITEMS = ("params", "ema", "optimizer", "meta")
@@ -89,7 +89,7 @@ class Checkpoints:
                 self.path,
                 item_names=ITEMS,
                 options=ocp.CheckpointManagerOptions(
-                    best_fn=top1,  # without it Orbax would not store the metrics
+                    best_fn=top1,  # without it Orbax knows no best step
                     best_mode="max",
                     read_only=read_only,
                     preservation_policy=None if read_only else keep,
@@ -235,7 +235,11 @@ class Checkpoints:
         return None
 
     def restore_weights(
-        self, step: int, kind: WeightKind, like: Weights, model: dict
+        self,
+        step: int,
+        kind: WeightKind | Literal["auto"],
+        like: Weights,
+        model: dict,
     ) -> tuple[WeightKind, Weights]:
         """Only the raw or averaged weights of a step, and which; auto: averaged if any.
 
@@ -296,6 +300,7 @@ class Checkpoints:
                 raise ValueError("meta differs from what was saved")
             if meta["step"] != step:
                 raise ValueError(f"it is that of step {meta['step']}")
+            dict(meta["fingerprints"])  # or it is damaged
             return meta
 
     def _read(self, step, **args):

@@ -105,7 +105,7 @@ def load_config(words: Sequence[str]) -> ConfigDict:
 
     Raises UserError on a bad file, setting or value.
     """
-    argv, values = ["train.py", *_last_of_each(words)], flags.FlagValues()
+    argv, values = ["train.py", *words], flags.FlagValues()
     options = dict(lock_config=True, flag_values=values, sys_argv=argv)
     config_flags.DEFINE_config_file("config", None, **options)
     with _one_sentence(argv):
@@ -134,8 +134,7 @@ def _parse(needs_workdir, is_whole, argv):
                     raise UserError(f"--{name} is missing: give --{name}=...")
                 if flag.value == "":
                     raise UserError(f"--{name}= is empty: give it a path.")
-            if _CONFIG.present:
-                _check(flags.FLAGS, is_whole)  # before any device is touched
+            _check(flags.FLAGS, is_whole)  # before any device is touched
             return rest
     except UserError as error:
         _fail(error)
@@ -148,7 +147,7 @@ def _last_of_each(words):
     return [
         word
         for i, word in enumerate(words)
-        if last[key(word)] == i or not word.startswith("--config.")
+        if last[key(word)] == i or not re.match(r"--config\..*=", word)
     ]
 
 
@@ -169,13 +168,14 @@ def _one_sentence(argv):
 
 
 def _told(error, argv):
-    """The error, and where in the config file it was raised."""
+    """The error, and where it was raised: in the config file, if there at all."""
     fields = r"Other fields present:.*?(?=Did you mean|$)"  # some 6,000 characters
     text = f"{type(error).__name__}: {re.sub(fields, '', str(error), flags=re.S)}"
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if any(word.startswith(f"--config={frame.filename}") for word in argv):
-            return f"{text} ({frame.filename}, line {frame.lineno})"
-    return text
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [word.removeprefix("--config=").partition(":")[0] for word in argv]
+    here = [frame for frame in frames if frame.filename in files]
+    place = here[-1] if here else frames[-1]  # or in our own code, which is a bug
+    return f"{text} ({place.filename}, line {place.lineno})"
 
 
 def _unknown_setting(argv):

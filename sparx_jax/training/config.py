@@ -41,7 +41,8 @@ class OptimizerConfig:
     see `optimizer.layer_numbers`."""
     frozen: str = ""
     """For fine-tuning: a regular expression; parameters whose paths begin with a match
-    stay as they are, such as "stem|stages.0"; their BatchNorm uses its averages."""
+    stay as they are, such as "stem|stages.0|downsamples.0"; their BatchNorm uses its
+    averages."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,11 +186,11 @@ def evaluate_checkpoint(
     parts = ", ".join(f"{k} {duration(v)}" for k, v in watch.seconds.items())
     say(f"{title}:\n{table(results)}\nalso in {workdir} ({parts})")
     say(json.dumps(summary, allow_nan=False))
-    with storage_errors(workdir):  # last: it costs no number
-        if jax.process_index() == 0:
+    if jax.process_index() == 0:  # last: what cannot be written costs no number
+        with storage_errors(workdir):
             write_results(workdir, title, results, summary)
-        if to_draw:
-            write_report(workdir, config, to_draw, source, title=title)
+    if to_draw:
+        write_report(workdir, config, to_draw, source, title=title)
     return summary
 
 
@@ -290,14 +290,15 @@ def write_report(
 
     path = Path(workdir) / "report.png"
     if jax.process_index() == 0:
-        plots.write_report(
-            path,
+        right = f"{evaluation.top1:.2f} % of {evaluation.examples:,} images right"
+        content = dict(
             history=read_metrics(workdir),
             wrong=wrong_answers(evaluation, source, config.data),
             model=config.model,
-            title=f"{title}: {evaluation.top1:.2f} % of {evaluation.examples:,} "
-            "images right",
+            title=f"{title}: {right}",
         )
+        with storage_errors(path):
+            plots.write_report(path, **content)
     return path
 
 

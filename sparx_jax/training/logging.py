@@ -63,7 +63,7 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
     for line in text.splitlines():
         with suppress(json.JSONDecodeError):
             record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
                 records.append(record)
     return records
 

@@ -26,7 +26,7 @@ from sparx_jax.training.evaluate import evaluate_split, write_report
 from sparx_jax.training.finetune import start_from
 from sparx_jax.training.goodput import Goodput
 from sparx_jax.training.logging import MetricsLog, duration, say
-from sparx_jax.training.optimizer import learning_rate, make_optimizer
+from sparx_jax.training.optimizer import learning_rate, make_optimizer, trainable
 from sparx_jax.training.setup import prepare, process_share
 from sparx_jax.training.step import compile_eval_step, compile_train_step
 
@@ -99,7 +99,8 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     network, state = states.init(
         config.model, optimizer, seed=config.seed, use_ema=config.use_ema, mesh=mesh
     )
-    num_params = sum(array.size for array in state.weights.params.values())
+    num_params = _size(state.weights.params)
+    num_trained = _size(trainable(state.weights.params, config.optimizer.frozen))
     if restored := checkpoints.restore_latest(state, settings["model"]):
         state = restored
     start = int(state.step)
@@ -126,10 +127,12 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     # After the checks: a refused run leaves no config.json.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)
+    trained = f" ({num_trained:,} trained)" if num_trained < num_params else ""
     say(
-        f"{config.model_name}, {num_params:,} parameters, {len(train_source):,} "
-        f"images of {len(train_source.class_names)} classes, {mesh.size} "
-        f"{jax.devices()[0].device_kind} device(s), {lengths.total_steps:,} steps"
+        f"{config.model_name}, {num_params:,} parameters{trained}, "
+        f"{len(train_source):,} images of {len(train_source.class_names)} classes, "
+        f"{mesh.size} {jax.devices()[0].device_kind} device(s), "
+        f"{lengths.total_steps:,} steps"
         + (f"; going on after step {start:,}" if start else "")
         + (f"; {lost}" if lost else "")
     )
@@ -253,6 +256,10 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         with suppress(StorageError):  # which would hide what ended the run
             goodput.write(step)
     say(f"{report} shows the run ({goodput.sentence()})")
+
+
+def _size(arrays):
+    return sum(array.size for array in arrays.values())
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -379,10 +386,11 @@ class _Window:
         }
         left = (self._lengths.total_steps - self._step) * self._config.batch_size
         left = duration(left / rate) if self.steps else "?"
+        speed = f"{rate:,.0f}" if self.steps else "?"
         say(
             f"step {self._step:,}/{self._lengths.total_steps:,}  epoch "
             f"{record['epoch']:.1f}  loss {loss:.4f}  lr "
-            f"{record['learning_rate']:.1e}  {rate:,.0f} images/s  {left} left  "
+            f"{record['learning_rate']:.1e}  {speed} images/s  {left} left  "
             f"waiting for data {record['data_wait']:.0%}"
             + (f"  skipped {self._skipped} step(s)" if self._skipped else "")
             + (f"  {self._unreadable} unreadable" if self._unreadable else "")

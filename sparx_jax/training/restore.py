@@ -2,12 +2,14 @@
 
 import os
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import nnx
 
 from sparx_jax import models
+from sparx_jax.checks import require
+from sparx_jax.parallel import make_mesh, replicated
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints, WeightKind
 from sparx_jax.training.state import Network, Weights
@@ -26,10 +28,12 @@ class Restored(NamedTuple):
 
 def load_run(
     workdir: str | os.PathLike,
-    step: str = "best",
-    weights: WeightKind = "auto",
+    step: str | int = "best",
+    weights: WeightKind | Literal["auto"] = "auto",
 ) -> models.Backbone:
     """The network that train.py trained, in evaluation mode, on the first device.
+
+    Of a job of several processes all must call it.
 
     Args:
       workdir: the folder of the run.
@@ -38,13 +42,20 @@ def load_run(
 
     Raises UserError if there is no such checkpoint, DamagedError if it is damaged.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    found = restore_run(os.fspath(workdir), step, weights, device)
-    return states.merge(found.network.eval, found.weights)
+    choices = "raw", "ema", "auto"
+    require("weights", weights, weights in choices, f"one of {', '.join(choices)}")
+    # On all devices: fingerprints add up what the processes hold.
+    everywhere = replicated(make_mesh(-1, 1))
+    found = restore_run(os.path.expanduser(workdir), str(step), weights, everywhere)
+    here = jax.device_put(jax.device_get(found.weights), jax.local_devices()[0])
+    return states.merge(found.network.eval, here)
 
 
 def restore_run(
-    workdir: str, step: str, weights: WeightKind, sharding: jax.sharding.Sharding
+    workdir: str,
+    step: str,
+    weights: WeightKind | Literal["auto"],
+    sharding: jax.sharding.Sharding,
 ) -> Restored:
     """As `load_run`, taken apart; all arrays get `sharding`."""
     with closing(Checkpoints(workdir, read_only=True)) as checkpoints:

@@ -24,9 +24,13 @@ class Setup(NamedTuple):
 def prepare(settings: ConfigDict, *, training: bool = True) -> Setup:
     """Opens the data, counts its classes and checks the batch sizes.
 
-    Evaluation has no use for that of training.
+    Nothing is compiled yet: bad input is told within seconds.
 
-    Nothing is compiled yet: bad input is told within seconds.  Raises UserError.
+    Args:
+      settings: of the run.
+      training: whether `batch_size` is needed, and not `eval_batch_size` alone.
+
+    Raises UserError.
     """
     data = from_config_dict(settings).data
     train_source, eval_source = (open_source(data, s) for s in ("train", "eval"))
@@ -38,7 +42,7 @@ def prepare(settings: ConfigDict, *, training: bool = True) -> Setup:
         )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    for name in ("batch_size", "eval_batch_size")[not training :]:
+    for name in ("batch_size", "eval_batch_size") if training else ("eval_batch_size",):
         size, devices = getattr(config, name), mesh.size
         if size % devices:
             raise UserError(

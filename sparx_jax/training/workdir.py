@@ -66,8 +66,8 @@ def _user_errors(workdir):
         yield
     except OSError as error:
         raise UserError(
-            f"--workdir={workdir} cannot be made or written ({error.strerror}): give "
-            "the path of a folder that may be written."
+            f"--workdir={workdir} cannot be made or written "
+            f"({error.strerror or error}): give a folder that may be written."
         ) from error
 
 
@@ -111,7 +111,7 @@ def replace_text(path: Path, text: str) -> None:
 
     Raises StorageError if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         temporary.write_text(text)
         os.replace(temporary, path)
@@ -124,8 +124,8 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written ({error.strerror}): make room, or mend the file "
-            "system, then start again."
+            f"{path} cannot be written ({error.strerror or error}): make room, or mend "
+            "the file system, then start again."
         ) from error
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -56,7 +54,8 @@ def test_explicit_processes_are_joined(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "values", [("host", "4", "3"), (":99", "4", "4"), ("host:a", "4", "3")]
+    "values",
+    [("host", "4", "3"), (":99", "4", "3"), ("host:9", "4", "4"), ("host:a", "4", "3")],
 )
 def test_processes_that_cannot_be_are_refused(calls, monkeypatch, values):
     for name, value in zip(processes.VARIABLES, values, strict=True):
@@ -75,18 +74,18 @@ def test_processes_of_an_mpi_that_jax_does_not_know_are_refused(calls, monkeypat
     start("off")
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_told(calls, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        values = (f"127.0.0.1:{taken.getsockname()[1]}", "1", "0")
-        env = os.environ | dict(zip(processes.VARIABLES, values, strict=True))
-        code = (
-            "from sparx_jax.parallel import processes\n"
-            "processes.start('auto', start_timeout_s=30, heartbeat_timeout_s=20)"
-        )
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=env, capture_output=True, text=True
-        )
-    assert f"UserError: process 0 cannot listen at {values[0]}: end what" in run.stderr
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for name, value in zip(processes.VARIABLES, (address, "2", "0"), strict=True):
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"cannot listen at {address} .*in use"):
+            start("auto")
+        monkeypatch.setenv("JAX_PROCESS_ID", "1")  # which connects to it
+        start("auto")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    start("auto")
+    assert len(calls) == 2
 
 
 def test_a_task_of_slurm_knows_its_job(monkeypatch):

@@ -157,6 +157,8 @@ def test_damaged_metrics_of_an_old_step_close_no_folder(finished, tmp_path):
     (tmp_path / f"run/checkpoints/{best}/metrics/metrics").write_text('{"top1": 1')
     checkpoints = Checkpoints(workdir)
     assert checkpoints.find("best") == best and checkpoints.latest_step() == 12
+    top1 = checkpoints.meta(best)["metrics"]["top1"]
+    assert checkpoints._manager.metrics(best) == {"top1": top1}
     checkpoints.close()
 
 

@@ -78,13 +78,15 @@ def saved(run, tmp_path_factory):
 def test_a_trained_network_is_loaded_by_its_folder(saved, tmp_path):
     folder, average = saved
     found = flat(states.split(load_run(folder))[1])
-    raw = flat(states.split(load_run(folder, step="7", weights="raw"))[1])
+    raw = flat(states.split(load_run(folder, step=7, weights="raw"))[1])
     assert found.keys() == average.keys() == raw.keys()
     for path, array in average.items():
         np.testing.assert_array_equal(found[path], array, strict=True)
         assert not np.array_equal(raw[path], array)
     with pytest.raises(UserError, match="holds no checkpoints"):
         load_run(tmp_path)
+    with pytest.raises(UserError, match="weights='avg' must be one of raw"):
+        load_run(folder, weights="avg")
 
 
 @pytest.fixture(scope="module")

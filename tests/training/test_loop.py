@@ -361,8 +361,9 @@ def test_an_evaluation_that_is_repeated_stands_in_the_metrics_once(tmp_path):
 
 
 def test_damaged_lines_of_the_metrics_cost_no_others(tmp_path):
-    lines = b'{"step": 1}\n{"st\xe5p": 2}\n{"step": 3\n7\n{"step": 4}\n{"ste'
-    (tmp_path / "metrics.jsonl").write_bytes(lines)
+    damaged = b'{"st\xe5p": 2}', b'{"step": 3', b"7", b'{"step": null}'
+    lines = b'{"step": 1}', *damaged, b'{"step": 4}', b'{"ste'
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     assert [record["step"] for record in read_metrics(str(tmp_path))] == [1, 4]
 
 
