@@ -75,7 +75,7 @@ copy_code() { # unless the hosts train already
   git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$folder/sparx_jax.tgz" HEAD ||
     die "the code of HEAD cannot be packed: git's message is above."
   gcloud compute tpus tpu-vm scp "$folder/sparx_jax.tgz" "$NAME:" --zone="$ZONE" \
-      --worker=all --quiet &&
+    --worker=all --quiet &&
     on_all "pgrep -F sparx_jax/run.pid -f supervise >/dev/null 2>&1 || {
       mkdir -p sparx_jax && tar xzf sparx_jax.tgz -C sparx_jax &&
       sparx_jax/launch/setup_vm.sh ${BUCKET-}; }"
