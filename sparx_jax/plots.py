@@ -217,7 +217,7 @@ def _draw_wiring_legend(axes, **place):
 
 
 def add_legend(axes: Axes, loc="lower right", anchor=(1, 1), **options) -> None:
-    """Above the upper right corner, where it hides nothing."""
+    """Outside of a corner, where it hides nothing: by default above the upper right."""
     style = dict(frameon=False, fontsize=7.5, columnspacing=1.2, handlelength=1.4)
     style.update(handletextpad=0.5, borderaxespad=0.2, labelcolor=INK)
     axes.legend(loc=loc, bbox_to_anchor=anchor, **style, **options)

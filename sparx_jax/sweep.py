@@ -126,7 +126,7 @@ def make_points(
         raise UserError(f"{key} is both swept and set by --config.{key}: drop one.")
     if "variant" in grid and ":" in config:
         raise UserError(f"variant is both swept and given in --config={config}.")
-    points, names = {}, {}
+    points, by_settings = {}, {}
     for combination in itertools.product(*grid.values()):
         values = dict(zip(grid, combination, strict=True))
         settings = fixed | values
@@ -144,7 +144,7 @@ def make_points(
                 f"--sweep has two points that would be called {name}: drop one."
             )
         loaded = cli.load_config(words)
-        twin = names.setdefault(repr(loaded.to_dict()), name)
+        twin = by_settings.setdefault(repr(loaded.to_dict()), name)
         if twin != name:
             raise UserError(
                 f"--sweep has points that are the same, {twin} and {name}: drop one."
@@ -178,7 +178,7 @@ def _safe(text):
 def result(point: Point) -> Result | None:
     """That of a run which has saved the checkpoint of its last step, else None.
 
-    The report is drawn after that: where it is, checkpoints may have been deleted.
+    Where all checkpoints were deleted the report counts, which is drawn after the last.
 
     Raises UserError if the folder holds a run with other settings, or damaged ones.
     """

@@ -487,7 +487,8 @@ def test_a_detached_command_is_preempted_by_its_pid(bench):
     bench.program("trainer", PREEMPTIBLE)
     launcher = bench.start("detach.sh", "trainer")
     wait_for(lambda: started(bench))
-    os.kill(int((bench.folder / "run.pid").read_text()), signal.SIGTERM)
+    stop = ["pkill", "-F", "run.pid", "-f", "supervise"]  # as tpu_vm.sh does
+    subprocess.run(stop, cwd=bench.folder, check=True)
     assert launcher.wait(30) == 17
 
 

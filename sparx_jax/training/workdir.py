@@ -46,9 +46,9 @@ def held(workdir: str) -> Iterator[None]:
 
 def make_folder(workdir: str) -> Path:
     """The folder of runs, or of one.  Raises UserError if it cannot be made."""
+    path = Path(workdir)
     # Orbax looks for its files by patterns: under a path with these it finds none, and
     # what it saves is incomplete.
-    path = Path(workdir)
     if "://" in workdir or set("[\\") & set(str(path.absolute())):
         raise UserError(
             f"--workdir={workdir} is a URL, or there is a [ or \\ in its path, "

@@ -85,6 +85,17 @@ def test_cooldown_follows_the_schedule():
     assert lengths.warmup_steps == 2_000
 
 
+def test_home_is_found_where_no_shell_does_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = imagenet.get_config("sparx_mamba_t")
+    settings.data.root, settings.init_from = "~/images", "~/runs/t"
+    config = from_config_dict(settings)
+    assert (config.data.root, config.init_from) == (
+        "/home/me/images",
+        "/home/me/runs/t",
+    )
+
+
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="sparx_mamba_s"):
         imagenet.get_config("sparx_mamba_xl")
