@@ -1,9 +1,11 @@
 """Checkpoints by Orbax, four items a step, with fingerprints of every array."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -53,6 +55,20 @@ class _Manager(ocp.CheckpointManager):
             return {"top1": float(json.loads(path.read_text())["metrics"]["top1"])}
         except (OSError, ValueError, KeyError, TypeError):  # damaged, or not evaluated
             return None
+
+
+@functools.cache
+def _silence_abandoned_reads():
+    """Where one read fails, Orbax abandons the others: each would show a traceback."""
+    show = sys.unraisablehook
+
+    def hook(unraisable):
+        name = getattr(unraisable.object, "__name__", "")
+        ended = str(unraisable.exc_value) == "Event loop is closed"
+        if not ended and name != "_read_array_index_and_device_put":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -304,6 +320,7 @@ class Checkpoints:
             return meta
 
     def _read(self, step, **args):
+        _silence_abandoned_reads()
         path = self.path / str(step)
         return self._reader.restore(path, args=ocp.args.Composite(**args))
 
@@ -312,8 +329,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax raises errors of every kind
-            reason = str(error).splitlines() or [type(error).__name__]
-            why = f"it cannot be read ({type(error).__name__}: {reason[0][:200]})"
+            first = error
+            while first.__cause__:
+                first = first.__cause__
+            reason = str(first).splitlines() or ["no reason given"]
+            why = f"it cannot be read ({type(first).__name__}: {reason[0][:200]})"
             raise self._damaged(step, why) from error
 
     def _damaged(self, step, why):

@@ -120,8 +120,6 @@ def finished(tmp_path_factory):
     return workdir
 
 
-# Where one read fails, Orbax abandons the others.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
     finished, run, tmp_path, capsys, kind
@@ -162,7 +160,6 @@ def test_damaged_metrics_of_an_old_step_close_no_folder(finished, tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
     """Orbax itself restores it: without the fingerprint nothing would be told.
 
