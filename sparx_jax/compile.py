@@ -7,7 +7,8 @@ The steps are those of train.py and eval.py, compiled for every device of the to
 by the compiler of that device, which has to be installed, but nothing runs.  No data is
 opened: there are `config.model.num_classes`, 1,000 if that is not set.  Memory and
 collectives are what the compiler has decided; times are predictions from the chip's
-datasheet, to be believed within a factor of two at best.
+datasheet, to be believed within a factor of two at best.  With
+`config.accumulation_steps` images and times are those of one part of the batch.
 """
 
 import json
@@ -34,6 +35,7 @@ from sparx_jax.training import state as states
 from sparx_jax.training.config import Config, from_config_dict
 from sparx_jax.training.logging import duration
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
+from sparx_jax.training.setup import check_batch_sizes
 from sparx_jax.training.step import compile_eval_step, jit_train_step
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -234,11 +236,7 @@ def report(
     for remat in remats:  # all are checked before the first is compiled
         settings.model.remat = remat
         from_config_dict(settings)
-    if base.batch_size % count or base.eval_batch_size % count:
-        raise UserError(
-            f"config.batch_size={base.batch_size} and eval_batch_size="
-            f"{base.eval_batch_size} must be multiples of the {count} devices."
-        )
+    check_batch_sizes(base, count)
     results = defaultdict(dict)
     found = {
         "model": base.model_name,
@@ -253,7 +251,8 @@ def report(
 
     def measure(per_device, remat, kind="train"):
         settings.model.remat = remat
-        settings.batch_size = settings.eval_batch_size = per_device * count
+        settings.batch_size = per_device * count * base.accumulation_steps
+        settings.eval_batch_size = per_device * count
         config = from_config_dict(settings)
         print(f"compiling the {kind} step, {per_device} images a device, remat "
               f"{remat} ...", file=sys.stderr, flush=True)  # fmt: skip
@@ -268,7 +267,7 @@ def report(
         save(found)
 
     for remat in remats or [base.model.remat]:
-        per_device = base.batch_size // count
+        per_device = base.batch_size // count // base.accumulation_steps
         step = measure(per_device, remat)
         add(remat, "train", step, per_device)
         if search:

@@ -26,6 +26,7 @@ BAD_INPUT = {
     "bad value": ("train", "--config.label_smoothing=1.5", "label_smoothing=1.5"),
     "tiny pictures": ("train", "--config.data.image_size=8", "image_size=8"),
     "batch and devices": ("train", "--config.mesh.data=3", "does not fit 1 device"),
+    "batch and parts": ("train", "--config.accumulation_steps=7", "7 accumulation"),
     "no data folder": (
         "train",
         "--config.data.name=folder --config.data.root=/nowhere",

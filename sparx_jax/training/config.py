@@ -90,6 +90,9 @@ class Config:
     """After them, at `optimizer.min_lr`."""
     batch_size: int = 1024
     """Images per step over all devices."""
+    accumulation_steps: int = 1
+    """Parts of the batch whose gradients are added up, one after the other, where the
+    memory is short; BatchNorm's batch is then a part."""
     eval_batch_size: int = 1024
     label_smoothing: float = 0.1
     use_ema: bool = True
@@ -110,8 +113,8 @@ class Config:
     def __post_init__(self):
         check_types(self, "config.")
         data, optimizer = self.data, self.optimizer
-        positive = ("train_epochs", "batch_size", "eval_batch_size")
-        for name in (*positive, "eval_every_epochs", "log_every_steps"):
+        positive = ("train_epochs", "batch_size", "eval_batch_size", "log_every_steps")
+        for name in (*positive, "eval_every_epochs", "accumulation_steps"):
             value = getattr(self, name)
             require(f"config.{name}", value, value > 0, "positive")
         require("config.seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")

@@ -42,14 +42,21 @@ def prepare(settings: ConfigDict, *, training: bool = True) -> Setup:
         )
     config = from_config_dict(settings, num_classes=num_classes)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    for name in ("batch_size", "eval_batch_size") if training else ("eval_batch_size",):
-        size, devices = getattr(config, name), mesh.size
-        if size % devices:
-            raise UserError(
-                f"config.{name}={size} must be a multiple of the {devices} devices: "
-                f"use {max(size // devices, 1) * devices}."
-            )
+    check_batch_sizes(config, mesh.size, training=training)
     return Setup(config, train_source, eval_source, mesh)
+
+
+def check_batch_sizes(config: Config, devices: int, *, training: bool = True) -> None:
+    """Raises UserError if a batch cannot be split evenly over the devices."""
+    parts = {"batch_size": config.accumulation_steps} if training else {}
+    for name, count in (parts | {"eval_batch_size": 1}).items():
+        size, divisor = getattr(config, name), devices * count
+        if size % divisor:
+            times = f" times {count} accumulation steps" if count > 1 else ""
+            raise UserError(
+                f"config.{name}={size} must be a multiple of {devices} device(s)"
+                f"{times}: use {max(size // divisor, 1) * divisor}."
+            )
 
 
 def process_share() -> dict[str, int]:

@@ -80,18 +80,23 @@ def train_step(
     # Of all devices, and unchanged by mixing; 1 if nothing could be read.
     num_examples = jnp.maximum(batch["weight"].sum(), 1.0)
 
-    params, frozen = state.weights.params, config.optimizer.frozen
+    (params, stats), frozen = state.weights, config.optimizer.frozen
 
-    def loss_and_stats(trained):
-        model = merge(graphdef, state.weights._replace(params=params | trained))
+    def loss_and_stats(trained, stats, images, targets, key):
+        model = merge(graphdef, Weights(params | trained, stats))
         _freeze_statistics(model, frozen)
         logits = model(images, key=key)
         loss = cross_entropy(logits, targets).sum() / num_examples
         return loss, batch_stats(model)
 
-    gradient = jax.value_and_grad(loss_and_stats, has_aux=True)
-    trained = trainable(params, frozen)
-    (loss, stats), grads = gradient(trained)
+    gradient = partial(
+        jax.value_and_grad(loss_and_stats, has_aux=True), trainable(params, frozen)
+    )
+    parts = config.accumulation_steps
+    if parts == 1:
+        (loss, stats), grads = gradient(stats, images, targets, key)
+    else:
+        loss, stats, grads = _in_parts(gradient, parts, stats, images, targets, key)
     rate, grad_norm = schedule(state.step), gradient_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -126,6 +131,27 @@ def train_step(
         "unreadable": jnp.sum(batch["weight"] == 0),
     }
     return TrainState(state.step + 1, *new), metrics
+
+
+def _in_parts(gradient, parts, stats, images, targets, key):
+    """Sums of loss and gradient; one part after the other moves the statistics."""
+
+    def add(sums, part):
+        loss, stats, grads = sums
+        images, targets, number = part
+        (more_loss, stats), more = gradient(
+            stats, images, targets, jax.random.fold_in(key, number)
+        )
+        return (loss + more_loss, stats, jax.tree.map(jnp.add, grads, more)), None
+
+    def split(x):  # every device has as much of each part, and none has to move
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    images, targets = split(images), split(targets)
+    zeros = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    (loss, _), grads = jax.eval_shape(gradient, stats, images[0], targets[0], key)
+    start = zeros(loss), stats, zeros(grads)
+    return lax.scan(add, start, (images, targets, jnp.arange(parts)))[0]
 
 
 def _raveled(move):

@@ -27,7 +27,7 @@ from sparx_jax.training.step import compile_train_step
 from tests.training.tiny_config import get_config
 mesh_module.MIN_SPLIT_SIZE = 64  # so that fsdp splits this small network too
 settings = get_config()
-settings.mesh.fsdp = int(sys.argv[2])
+settings.mesh.fsdp, settings.accumulation_steps = map(int, sys.argv[2:])
 settings.model.drop_path_rate = 0.2
 config, source, _, mesh = prepare(settings)
 schedule = learning_rate(config.optimizer, 0, 12)
@@ -51,9 +51,9 @@ print(json.dumps([sorted(split), mesh.size]))
 """
 
 
-def train(path, devices, fsdp=1):
+def train(path, devices, fsdp=1, parts=1):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), str(fsdp)],
+        [sys.executable, "-c", PROGRAM, str(path), str(fsdp), str(parts)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -65,17 +65,19 @@ def train(path, devices, fsdp=1):
 
 @pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
-    """In loss, weights, statistics, average and moments, copied and split."""
-    one, split, count = train(tmp_path / "one.npz", 1)
-    assert split == [] and count == 1
-    assert any(name.endswith(".mean") for name in one)  # BatchNorm is in it
-    for fsdp in (1, 4):
-        eight, split, count = train(tmp_path / f"{fsdp}.npz", 8, fsdp)
+    """In loss, weights, statistics, average and moments, copied, split and in parts."""
+    ones = {}
+    for parts in (1, 2):
+        ones[parts], split, count = train(tmp_path / f"{parts}.npz", 1, 1, parts)
+        assert split == [] and count == 1
+        assert any(name.endswith(".mean") for name in ones[parts])  # BatchNorm's
+    for fsdp, parts in ((1, 1), (4, 1), (4, 2)):
+        eight, split, count = train(tmp_path / "eight.npz", 8, fsdp, parts)
         assert count == 8 and bool(split) == (fsdp > 1)
         if split:
             for part in ("weights/params/", "ema/params/", "/mu/", "/nu/"):
                 assert any(part in name for name in split), (part, split)
-        for name, array in one.items():
+        for name, array in ones[parts].items():
             np.testing.assert_allclose(
                 eight[name], array, rtol=1e-5, atol=1e-5, err_msg=name
             )

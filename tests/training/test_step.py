@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy.special import log_softmax
 
 from sparx_jax import models
 from sparx_jax.training import state as states
+from sparx_jax.training.optimizer import learning_rate, make_optimizer
+from sparx_jax.training.setup import prepare
 from sparx_jax.training.step import (
     compile_train_step,
     cross_entropy,
@@ -17,7 +20,7 @@ from sparx_jax.training.step import (
     smooth_targets,
     train_step,
 )
-from tests.training.conftest import digest
+from tests.training.conftest import digest, tiny_settings
 
 
 def after(run, batch, steps):
@@ -110,6 +113,60 @@ def test_without_average_the_state_has_none(run, batch):
         batch,
     )
     assert jax.eval_shape(step, state)[0].ema is None
+
+
+# A baseline, since only LayerNorm sees the same in a part as in the whole.
+SWIN = {
+    "model.name": "swin_t",
+    "model.depths": (1, 1, 1, 1),
+    "model.dims": (16, 16, 32, 32),
+    "model.head_dim": 16,
+    "model.drop_path_rate": 0.0,
+    "mixing.mixup": 0.8,
+    "mixing.cutmix": 1.0,
+    "mixing.erasing": 0.25,
+}
+
+
+def first_step(batch, **settings):
+    config, _, _, mesh = prepare(tiny_settings(**settings))
+    optimizer = make_optimizer(config.optimizer)
+    network, state = states.init(
+        config.model, optimizer, seed=0, use_ema=True, mesh=mesh
+    )
+    schedule = learning_rate(config.optimizer, 2, 12)
+    step = compile_train_step(network, config, optimizer, schedule, state, mesh)
+    return step(state, batch)
+
+
+def test_parts_add_up_to_the_loss_and_gradient_of_the_batch(batch):
+    weight = (np.arange(16) % 5 > 0).astype(np.float32)  # some could not be read
+    batch = batch | {"weight": weight}
+    whole, parts = (
+        first_step(batch, accumulation_steps=parts, **SWIN) for parts in (1, 4)
+    )
+    for name, value in whole[1].items():
+        np.testing.assert_allclose(parts[1][name], value, rtol=1e-5, err_msg=name)
+    found, expected = (state.opt_state[0].mu for state, _ in (parts, whole))
+    for path in expected:  # the first moment is the gradient, clipped
+        limit = 1e-5 * np.abs(expected[path]).max()
+        np.testing.assert_allclose(found[path], expected[path], atol=limit)
+
+
+def test_parts_move_the_statistics_one_after_the_other(batch):
+    still = {"model.drop_path_rate": 0.0}
+    state, metrics = first_step(batch, accumulation_steps=2, **still)
+    config = prepare(tiny_settings(**still)).config
+    model = models.build(config.model, 0)
+    model.train()
+    images = normalize(batch["image"], config.data.mean, config.data.std)
+    targets = smooth_targets(batch["label"], 10, config.label_smoothing)
+    run = nnx.jit(lambda model, images: model(images))
+    losses = [cross_entropy(run(model, images[i::2]), targets[i::2]) for i in (0, 1)]
+    assert metrics["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    expected = states.batch_stats(model)
+    for path, value in state.weights.batch_stats.items():
+        np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_counts_only_examples_of_weight_one(run, batch):
