@@ -28,6 +28,8 @@ _matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 # XLA:CPU writes in place only what is read at the very same indices: no selects.
 _read = partial(lax.dynamic_slice, allow_negative_indices=False)
 _write = partial(lax.dynamic_update_slice, allow_negative_indices=False)
+_at = partial(lax.dynamic_index_in_dim, allow_negative_indices=False)
+_put = partial(lax.dynamic_update_index_in_dim, allow_negative_indices=False)
 
 
 class _Way(NamedTuple):
@@ -108,19 +110,6 @@ def _tokens(side, size):
     divisors = [t for t in range(min(7, side), side + 1) if side % t == 0]
     short = [t for t in divisors if 2 * 4 * t * size <= LINE_BYTES]
     return max(short, default=divisors[0])
-
-
-def _at(x, index, axis):
-    """One of an axis, which is kept."""
-    start = [index if i == axis else 0 for i in range(x.ndim)]
-    size = [1 if i == axis else side for i, side in enumerate(x.shape)]
-    return _read(x, start, size)
-
-
-def _put(x, part, index, axis):
-    """Overwrites what `_at` reads."""
-    start = [index if i == axis else 0 for i in range(x.ndim)]
-    return _write(x, part, start)
 
 
 def _places(x, index, tokens, axis):
