@@ -49,7 +49,7 @@ class Arc(NamedTuple):
 
 
 class WrongAnswer(NamedTuple):
-    """A image that the network took for something else."""
+    """An image that the network took for something else."""
 
     image: np.ndarray
     """uint8 (h, w, 3)."""
