@@ -1,4 +1,4 @@
-"""Trains a model, or goes on where the last run in --workdir stopped.
+"""Trains a model, or resumes where the last run in --workdir stopped.
 
 python train.py --config=configs/digits.py --workdir=runs/digits
 python train.py --config=configs/digits.py --workdir=runs/w --config.batch_size=32
@@ -10,7 +10,7 @@ from sparx_jax.training import cli
 from sparx_jax.training.loop import train
 
 ALLOW = flags.DEFINE_bool(
-    "allow_config_change", False, "Goes on from a checkpoint of other settings."
+    "allow_config_change", False, "Resume from a checkpoint made with other settings."
 )
 
 

@@ -242,7 +242,7 @@ def report(
         "model": base.model_name,
         "device": chip._asdict(),
         "devices": count,
-        "mesh": [base.mesh.data, base.mesh.fsdp],
+        "mesh": make_mesh(base.mesh.data, base.mesh.fsdp, devices).devices.shape,
         "image_size": base.data.image_size,
         "dtype": base.model.dtype,
         "versions": {"jax": jax.__version__},
@@ -361,7 +361,7 @@ def main(config: ConfigDict, workdir: str | None) -> None:
     """What the flags say."""
     del workdir
     if not (folder := Path(_OUT.value).absolute().parent).is_dir():
-        raise UserError(f"--out={_OUT.value}: there is no folder {folder}, make it.")
+        raise UserError(f"--out={_OUT.value}: there is no folder {folder}: create it.")
     if _OUT.value and Path(_OUT.value).is_dir():
         raise UserError(f"--out={_OUT.value} is a folder: give the path of a file.")
     devices, chip = find_devices(_TOPOLOGY.value)

@@ -46,7 +46,9 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
     from tensorflow_datasets.core.utils.lazy_imports_utils import tensorflow
 
     if archives is not None and not os.path.isdir(archives):
-        raise UserError(f"--archives={archives} is not a folder: create or mend it.")
+        raise UserError(
+            f"--archives={archives} is not a folder: create it or correct the path."
+        )
     try:
         builder = tfds.builder(name, data_dir=root, file_format="array_record")
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -67,7 +69,7 @@ def prepare(name: str, root: str, archives: str | None = None) -> str:
             # How TFDS asks for files that it cannot download.
             asked = f"{error}; {builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
             raise UserError(
-                f"{name} misses files: {' '.join(asked.split())} Its manual_dir is "
+                f"{name} lacks files: {' '.join(asked.split())} Its manual_dir is "
                 f"--archives={archives}."
             ) from error
     counts = (f"{s.num_examples:,} {n}" for n, s in builder.info.splits.items())

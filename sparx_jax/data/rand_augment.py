@@ -1,4 +1,4 @@
-"""RandAugment: a few operations drawn at random for each image, by timm's laws.
+"""RandAugment: a few operations on each image, drawn from timm's distributions.
 
 Cubuk et al., "RandAugment", arXiv:1909.13719. Which operations there are, how a level
 becomes an argument, and the form of the specification are those of timm 1.0.31's
@@ -252,7 +252,7 @@ def parse(spec: str) -> RandAugment:
         else:
             key, value = match[3], float(match[4])
         if key in values:
-            refuse(f"{key!r} stands there twice")
+            refuse(f"{key!r} is given twice")
         values[key] = value
     if values.pop("inc", 0) != 1:
         refuse("'inc1' is missing")

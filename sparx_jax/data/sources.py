@@ -83,7 +83,7 @@ class DigitsSource:
 class FolderSource:
     """Image files in `root/split/class/`; hidden files and folders are skipped.
 
-    Other files, and folders in those of the classes, are left out and logged.
+    Other files, and folders inside class folders, are left out and logged.
 
     The classes, sorted by name, are the folders of `train_split`, whichever `split`
     this reads, so that labels agree.
@@ -140,7 +140,7 @@ def _entries(path: str) -> list[os.DirEntry]:
             return [entry for entry in entries if entry.name[0] != "."]
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): mend its permissions."
+            f"{path} cannot be read ({error.strerror}): fix its permissions."
         ) from error
 
 

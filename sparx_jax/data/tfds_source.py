@@ -89,7 +89,7 @@ class TfdsSource:
                 )
             raise UserError(
                 f"{self._title} is not prepared: run python -m sparx_jax.data.prepare "
-                f"{name} --root={root}, or mend data.root or data.tfds_name."
+                f"{name} --root={root}, or correct data.root or data.tfds_name."
             )
         return versions[max(versions)]
 

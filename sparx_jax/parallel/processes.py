@@ -205,7 +205,7 @@ def _logical_or(flags):
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Turns SIGTERM and Ctrl-C from death into a `StopRequest` while it is open.
+    """While open, SIGTERM and Ctrl-C set a `StopRequest` instead of ending the process.
 
     A signal that arrives while XLA compiles counts at the next poll; a second Ctrl-C
     does not wait for it.

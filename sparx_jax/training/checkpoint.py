@@ -176,7 +176,7 @@ class Checkpoints:
                 self._manager.wait_until_finished()
 
         together(finish)
-        if jax.process_index() == 0:  # what it replaces is needed no more
+        if jax.process_index() == 0:  # what it replaces is no longer needed
             shutil.rmtree(self._replaced, ignore_errors=True)
 
     def latest_step(self) -> int | None:
@@ -226,7 +226,7 @@ class Checkpoints:
     def restore_latest(self, like: TrainState, model: dict) -> TrainState | None:
         """The newest state that is undamaged, or None if nothing was saved.
 
-        Damaged steps are moved to `damaged/` in the work folder, and told.
+        Damaged steps are moved to `damaged/` in the work folder, and reported.
 
         Raises UserError if all are damaged, or as `restore`.
         """
@@ -272,7 +272,7 @@ class Checkpoints:
         return (self.path / str(step)).is_dir()
 
     def close(self) -> None:
-        """Waits and lets go."""
+        """Waits for the write in progress and frees all resources."""
         self._reader.close()
         self._manager.close()
 

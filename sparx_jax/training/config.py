@@ -50,7 +50,7 @@ class MixingConfig:
     """What is done to training batches on the device; see `training/mixing.py`."""
 
     mixup: float = 0.0
-    """Both parameters of the beta law of an image's share in a mixture; 0: off."""
+    """Both parameters of the beta distribution of an image's share; 0: off."""
     cutmix: float = 0.0
     """The same of an image's share around the box that its partner fills; 0: off."""
     probability: float = 1.0

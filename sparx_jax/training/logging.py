@@ -17,7 +17,7 @@ class MetricsLog:
 
     Written by process 0 only.  Opening it drops what a killed run wrote after
     `start_step`, or of the evaluation then if that is still to be done (`unevaluated`),
-    and a torn last line, so that no step stands there twice.
+    and a torn last line, so that no step is given twice.
     """
 
     def __init__(

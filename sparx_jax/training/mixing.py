@@ -1,4 +1,4 @@
-"""Mixup, cutmix and random erasing of a batch on the device, by timm's laws.
+"""Mixup, cutmix and random erasing of a batch on the device, with timm's distributions.
 
 Source: timm 1.0.31, data/mixup.py (mode "batch") and data/random_erasing.py (mode
 "pixel", one box). All randomness comes from the key, whatever the number of devices.

@@ -124,8 +124,8 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be written ({error.strerror or error}): make room, or mend "
-            "the file system, then start again."
+            f"{path} cannot be written ({error.strerror or error}): make room, or "
+            "repair the file system, then start again."
         ) from error
 
 

@@ -129,7 +129,7 @@ def test_a_deviation_above_100_makes_levels_uniform():
         ("rand-m-inc1", "'m' is none of"),
         ("rand--inc1", "'' is none of"),
         ("rand-w0-inc1", "'w0' is none of"),
-        ("rand-m9-m8-inc1", "'m' stands there twice"),
+        ("rand-m9-m8-inc1", "'m' is given twice"),
         ("rand-n0-inc1", "n must be from 1"),
         ("rand-n16-inc1-tweights", "n must be from 1 to 15"),
         ("rand-p1.5-inc1", "p must be"),
