@@ -272,9 +272,13 @@ class Checkpoints:
         return (self.path / str(step)).is_dir()
 
     def close(self) -> None:
-        """Waits for the write in progress and frees all resources."""
+        """Waits for the write in progress and frees all resources.
+
+        Raises StorageError if the write fails.
+        """
         self._reader.close()
-        self._manager.close()
+        with self._storage_errors():
+            self._manager.close()
 
     def _restore(self, step, targets, model):
         """The items `targets` of a step, on all processes; all fail alike."""

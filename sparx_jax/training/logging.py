@@ -39,8 +39,11 @@ class MetricsLog:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            folder = str(Path(workdir) / "tensorboard")  # purged from that step on
-            self._board = SummaryWriter(folder, purge_step=start_step + 1)
+            # Anew: a killed run's last scalars may be in no file of TensorBoard's.
+            folder = str(Path(workdir) / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=0, flush_secs=1)
+            for record in kept:
+                self._show(record)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends a record; numbers that JSON cannot hold become null."""
@@ -49,10 +52,12 @@ class MetricsLog:
         with storage_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
         if self._board is not None:
-            for key, value in record.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, record["step"])
-            self._board.flush()
+            self._show(record)
+
+    def _show(self, record):
+        for key, value in record.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(key, value, record["step"])
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

@@ -84,8 +84,11 @@ def train(
         checkpoints = Checkpoints(workdir)
         try:
             _train(setup, workdir, checkpoints, goodput, stop, allow_config_change)
-        finally:  # also after an error: the write in progress is finished
-            checkpoints.close()
+        except BaseException:
+            with suppress(Exception):  # which would hide what ended the run
+                checkpoints.close()  # when the write in progress is finished
+            raise
+        checkpoints.close()
 
 
 def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
@@ -202,8 +205,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
                     jax.block_until_ready(metrics)
                     goodput.lap("compilation")
                     window.restart()
-                profiler.after(step, metrics)
                 goodput.lap("steps")
+                if profiler.after(step, metrics):
+                    goodput.lap("report")
                 if step % config.log_every_steps == 0 or lengths.is_eval(step):
                     log.write(window.close())
                     goodput.lap("steps")
@@ -286,14 +290,18 @@ class _Profiler:
         self._path, self._on = f"{workdir}/profile", False
 
     def before(self, step):
-        if step == self._first and jax.process_index() == 0:
+        """A run that goes on between them records what is left."""
+        wanted = self._last is not None and self._first <= step <= self._last
+        if wanted and not self._on and jax.process_index() == 0:
             jax.profiler.start_trace(self._path)
-            self._on = True
+            self._first, self._on = step, True
 
     def after(self, step, metrics):
-        if step == self._last:
+        """Whether the record was written."""
+        if last := step == self._last:
             jax.block_until_ready(metrics)
             self.stop(step)
+        return last
 
     def stop(self, step):
         if self._on:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from sparx_jax import sweep
 from sparx_jax.errors import (
@@ -19,7 +20,7 @@ from sparx_jax.errors import (
     UserError,
 )
 from sparx_jax.training import evaluate, loop
-from sparx_jax.training.checkpoint import Checkpoints
+from sparx_jax.training.checkpoint import Checkpoints, _Manager
 from sparx_jax.training.config import as_dict
 from sparx_jax.training.evaluate import (
     evaluate_checkpoint,
@@ -341,13 +342,51 @@ def test_a_profile_is_kept_if_the_run_ends_before_its_last_step(tmp_path, capsys
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_tensorboard_keeps_the_step_that_a_run_goes_on_from(tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(
-        "tensorboardX.SummaryWriter", lambda *_, **options: opened.append(options)
-    )
-    MetricsLog(str(tmp_path), start_step=4, tensorboard=True)
-    assert opened == [{"purge_step": 5}]  # which TensorBoard drops, and later ones
+@pytest.mark.parametrize("first", [None, NonFiniteLossError("loss")])
+def test_a_save_that_fails_at_the_end_hides_no_earlier_error(
+    first, tmp_path, monkeypatch
+):
+    class Manager(_Manager):
+        def close(self):
+            super().close()
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    def train(*_):
+        if first:
+            raise first
+
+    monkeypatch.setattr("sparx_jax.training.checkpoint._Manager", Manager)
+    monkeypatch.setattr(loop, "_train", train)
+    with pytest.raises(type(first) if first else StorageError):
+        loop.train(tiny_settings(), str(tmp_path))
+
+
+def test_a_run_that_goes_on_records_what_is_left_of_a_profile(tmp_path, capsys):
+    profiler = loop._Profiler((1, 3), str(tmp_path))
+    profiler.before(2)
+    assert not profiler.after(2, jnp.ones(()))
+    profiler.before(3)
+    assert profiler.after(3, jnp.ones(()))
+    profiler.before(4)
+    assert "steps 2 to 3 are recorded" in capsys.readouterr().out
+
+
+def test_tensorboard_holds_the_metrics_that_a_run_goes_on_from(tmp_path):
+    """Though the process was killed before tensorboardX had written the last one."""
+    records = [{"step": step, "top1": float(step), "loss": None} for step in (2, 4, 6)]
+    log = MetricsLog(str(tmp_path), start_step=0)
+    for record in records:
+        log.write(record)
+    log = MetricsLog(str(tmp_path), start_step=4, tensorboard=True)
+    log.write({"step": 5, "top1": 5.0})
+    log._board.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found = file.read_bytes(), []
+    while content:  # length, its checksum, the event, its checksum
+        end = 12 + int.from_bytes(content[:8], "little")
+        event, content = Event.FromString(content[12:end]), content[end + 4 :]
+        found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    assert found == [(step, "top1", step) for step in (2, 4, 5)]
 
 
 def test_an_evaluation_that_is_repeated_stands_in_the_metrics_once(tmp_path):
