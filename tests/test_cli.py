@@ -1,8 +1,10 @@
 """Bad input ends with one sentence that names the value and the remedy."""
 
+import importlib
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,3 +200,29 @@ def test_the_quickstart_reaches_its_accuracy(tmp_path):
     result = json.loads(evaluated.stdout.splitlines()[-1])
     assert result["examples"] == 360 and result["top1"] >= 97.5
     assert (tmp_path / "digits/report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_programs_hand_on_what_their_flags_say(program, monkeypatch):
+    module, given = importlib.import_module(program), {}
+    called = {"train": "train", "eval": "evaluate_checkpoint"}[program]
+    monkeypatch.setattr(module, called, lambda *_, **options: given.update(options))
+    said = {
+        "train": {"ALLOW": True},
+        "eval": {
+            "STEP": "7",
+            "WEIGHTS": "raw",
+            "DATASETS": ["a"],
+            "RESOLUTIONS": ["64"],
+        },
+    }[program]
+    for name, value in said.items():
+        monkeypatch.setattr(module, name, types.SimpleNamespace(value=value))
+    module.main("config", "workdir")
+    assert (
+        given
+        == {
+            "train": {"allow_config_change": True},
+            "eval": dict(step="7", weights="raw", datasets=["a"], resolutions=[64]),
+        }[program]
+    )

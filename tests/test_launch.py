@@ -579,3 +579,47 @@ def test_skypilot_starts_a_process_on_each_node(bench):
         "JAX_NUM_PROCESSES=2",
         "JAX_PROCESS_ID=1",
     ]
+
+
+UNAVAILABLE = "ERROR: (gcloud) UNAVAILABLE: try again."
+
+
+def test_a_final_code_is_told_where_gcloud_cannot_tell_of_the_slice(bench, tpu):
+    states = ["ACTIVE", UNAVAILABLE, "ACTIVE"]
+    done = tpu("train", "python", "train.py", states=states, codes=[78, 0])
+    assert done.returncode == 78 and verbs(bench) == ["scp", "ssh", "ssh"]
+
+
+def test_only_failures_one_after_the_other_give_a_launch_up(bench, tpu):
+    states = [*[UNAVAILABLE] * 12, "PROVISIONING"] * 2 + ["ACTIVE"]
+    done = tpu("train", "python", "train.py", states=states)
+    assert done.returncode == 0 and "(12 of 20)" in done.stderr
+    # A launch that succeeded forgets what failed before it.
+    states = [*[UNAVAILABLE] * 12, "ACTIVE", "ACTIVE"] * 2
+    done = tpu("train", "python", "train.py", states=states, codes=[134, 0])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_code_of_the_command_before_is_not_that_of_a_killed_one(bench):
+    assert bench.run("detach.sh", "true").returncode == 0
+    (bench.folder / "run.pid").unlink()
+    bench.program("trainer", "echo >>lives; sleep 5")
+    launcher = bench.start("detach.sh", "trainer")
+    wait_for(lambda: started(bench))
+    stop = ["pkill", "-KILL", "-F", "run.pid", "-f", "supervise"]
+    subprocess.run(stop, cwd=bench.folder, check=True)
+    assert launcher.wait(30) == 137
+
+
+def test_hosts_that_train_keep_the_code_they_train_with(bench, tpu):
+    """Another copy is unpacked only where nothing runs."""
+    assert tpu("train", "python", "train.py").returncode == 0
+    (bench.folder / "calls").rename(bench.folder / "told")
+    run = 'eval "set -- $(grep setup_vm told)"; last=${!#}; eval "${last#--command=}"'
+    bench.stand_in("tar", "exit 3")
+    for code, expected in ((0, []), (1, ["tar", "xzf", "sparx_jax.tgz"])):
+        bench.stand_in("pgrep", f"exit {code}")
+        subprocess.run(
+            ["bash", "-c", run], env=bench.env, cwd=bench.folder, check=not code
+        )
+        assert bench.calls[-1][: len(expected) or 1] == (expected or ["pgrep"])

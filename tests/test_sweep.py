@@ -361,3 +361,13 @@ def test_settings_that_only_the_points_complete_are_no_error(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("train.py --config=") == 2
+
+
+def test_trainings_are_in_groups_of_their_own(tmp_path, monkeypatch):
+    """Or Ctrl-C at the terminal would end them before they have saved."""
+    program = tmp_path / "train.py"
+    program.write_text("import os\nprint(os.getpgrp() == os.getpid())\n")
+    monkeypatch.setattr(sweep, "TRAIN", program)
+    points, _ = points_of(tmp_path / "runs", "seed=0")
+    sweep.train_all(points, 1)
+    assert (points[0].folder / "train.log").read_text() == "True\n"

@@ -186,7 +186,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         )
         goodput.lap("checkpoints")
 
-    step = start
+    step = done = start
     try:
         if unevaluated:
             step -= 1  # of this step only the evaluation is left
@@ -200,6 +200,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
                 profiler.before(step)
                 with jax.transfer_guard("disallow"):  # nothing may wait for the device
                     state, metrics = train_step(state, batch)
+                done = step
                 window.add(step, metrics, waited)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
@@ -247,7 +248,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
             "command goes on from there."
         ) from None
     except BadDataError:
-        step = int(state.step)  # the one before, if it was this batch
+        step = done  # the one before, if it was this batch
         # Files can be mended.  Of several processes this may be the only one here.
         new = step > (checkpoints.latest_step() or 0)
         if new and jax.process_count() == 1:
@@ -256,9 +257,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         raise
     finally:
         batches.close()  # or its workers' shared memory outlives them
-        profiler.stop(step)  # if the last step to record did not come
+        profiler.stop(done)  # if the last step to record did not come
         with suppress(StorageError):  # which would hide what ended the run
-            goodput.write(step)
+            goodput.write(done)
     say(f"{report} shows the run ({goodput.sentence()})")
 
 

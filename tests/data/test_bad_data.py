@@ -316,3 +316,13 @@ def test_memory_stays_flat():
 def resident_bytes():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_one_of_several_processes_leaves_too_many_bad_examples_to_the_caller():
+    """Alone it would leave the others waiting."""
+    source = Files(*[b"nothing"] * 15, encode(flat(COLOUR)))
+    share = dict(process_index=0, process_count=2)
+    data = tolerant(max_bad_fraction=0.1)
+    batches = train_batches(data, source, batch_size=16, seed=0, **share)
+    weights = [batch["weight"].sum() for batch in islice(batches, 4)]
+    assert sum(weights) < 5

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from sparx_jax.data import EVAL_SETS, open_eval_set, open_source
+from sparx_jax.data import EVAL_SETS, eval_sets, open_eval_set, open_source
 from sparx_jax.data.config import DataConfig
 from sparx_jax.errors import UserError
 from tests.data.shrunken_imagenet import (
@@ -110,3 +110,14 @@ def test_real_labels_of_other_images_are_told(data, tmp_path):
     rejected("real", data, "no label for any of the 7")
     write_picture(tmp_path / "val" / CLASSES[0] / "mine.JPEG", CLASSES[0])
     rejected("real", data, "mine.JPEG has no entry")
+
+
+def test_an_image_without_label_stays_without():
+    class Unlabelled:
+        class_names, labels = ("n2", "n1"), np.array([0, -1])
+
+        def __getitem__(self, index):
+            return {"image": b"", "label": int(self.labels[index])}
+
+    source = eval_sets._Renumbered(Unlabelled(), ("n1", "n2"))
+    assert [source[i]["label"] for i in (0, 1)] == [1, -1]

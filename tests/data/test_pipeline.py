@@ -1,5 +1,8 @@
 """Laws of the batches: position, coverage, and sharing between processes."""
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from itertools import islice
 
@@ -146,3 +149,16 @@ def test_batch_sizes_that_cannot_be_shared_are_rejected(batch, processes):
     for batches in (lambda *a, **k: train_batches(*a, seed=0, **k), eval_batches):
         with pytest.raises(UserError, match=f"batch size is {batch} for {processes}"):
             batches(DATA, Numbered(4), batch_size=batch, process_count=processes)
+
+
+def test_ctrl_c_is_for_the_trainer_and_not_for_its_workers(caplog):
+    source, common = Numbered(16), dict(batch_size=4, seed=0)
+    expected = list(islice(train_batches(DATA, source, **common), 12))
+    batches = train_batches(with_workers(1), source, **common)
+    found = [next(batches)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    found += islice(batches, 11)
+    assert_equal(expected, found)
+    assert "died" not in caplog.text
+    batches.close()

@@ -138,3 +138,7 @@ def test_a_deviation_above_100_makes_levels_uniform():
 def test_any_other_specification_is_refused(spec, reason):
     with pytest.raises(UserError, match=reason):
         parse(spec)
+
+
+def test_a_greatest_level_of_0_is_the_default():
+    assert parse("rand-inc1-mmax0") == RandAugment()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sparx_jax.data import DataConfig, open_eval_set, open_source, prepare
+from sparx_jax.data.tfds_source import TfdsSource
 from sparx_jax.errors import UserError
 from tests.data.shrunken_imagenet import (
     VAL_WNIDS,
@@ -240,3 +241,11 @@ def test_a_damaged_record_is_named_though_it_cannot_be_read(prepared, tmp_path):
         except RuntimeError:
             bad.append(index)
     assert bad and all(source.name(i) == f"{shard}[{i}]" for i in bad)
+
+
+def test_the_newest_version_is_read_and_not_the_last_by_name(tmp_path):
+    for version in ("1.2.0", "1.10.0", "1.9.9"):
+        (tmp_path / "set" / version).mkdir(parents=True)
+        (tmp_path / "set" / version / "dataset_info.json").touch()
+    found = TfdsSource._newest_version(None, tmp_path, "set")
+    assert found.name == "1.10.0"

@@ -212,3 +212,12 @@ def test_truncated_files_are_rejected(format):
     encoded = encode(noise(64, 64), format)
     with pytest.raises(Exception):  # noqa: B017 (Pillow raises many kinds)
         decode_image(encoded[: len(encoded) // 2])
+
+
+def test_padded_crops_of_a_long_image_show_little_of_the_border():
+    image = Image.new("RGB", (40, 8), (255, 255, 255))
+    transform = train_transform(config(image_size=8, crop="padded", crop_padding=2))
+    rng = np.random.default_rng(0)
+    outs = np.stack([transform(image, rng) for _ in range(100)])
+    assert (outs[:, 2:6, 2:6] == 255).all()  # at most 2 pixels of the border
+    assert (outs == 255).all((1, 2, 3)).any()

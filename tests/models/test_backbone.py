@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparx_jax.errors import UserError
 from sparx_jax.layers.aggregator import Fusion
-from sparx_jax.models import TOTAL_STRIDE, Backbone, create_model
+from sparx_jax.models import TOTAL_STRIDE, Backbone, backbone, create_model
 
 TOLERANCE = {
     # Two compilations of the same arithmetic; logits of about unit size.
@@ -552,3 +552,30 @@ def test_parts_in_training_mode_draw_and_keep_their_statistics(images, remat):
     other, _, jitted = results(nnx.jit(forward))
     np.testing.assert_allclose(logits, other, atol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), after, jitted)
+
+
+def test_pooled_features_are_float32_whatever_the_network_computes_in():
+    model = create_model("swin_t", num_classes=0, dtype="bfloat16", dims=(32,) * 4)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    assert jax.eval_shape(model, images).dtype == jnp.float32
+
+
+class Same(nnx.Module):
+    def __call__(self, x):
+        return x
+
+
+def test_every_layer_and_branch_draws_for_itself(monkeypatch):
+    """No two images, branches, layers or stages share what decides their drop path."""
+    model, seen = build(depths=(2, 1, 3, 1), drop_path_rate=0.5), []
+
+    def call(stage, x, draws):
+        seen.append(np.asarray(draws)[: len(stage.blocks)])
+        return [x]
+
+    monkeypatch.setattr(backbone.Stage, "__call__", call)
+    model.train()
+    model.stem, model.downsamples = Same(), nnx.List(Same() for _ in range(3))
+    model.forward_layers(jnp.zeros((4, 32, 32, 3)), key=jax.random.key(0))
+    draws = np.concatenate([part.ravel() for part in seen])
+    assert len(np.unique(draws)) == len(draws) == 7 * 2 * 4

@@ -1,5 +1,6 @@
 """Laws of what is on disk: damage is found and named, and an older step serves."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -335,3 +336,72 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing(run, batch):
     changed = [k for k, v in digest(after).items() if v != before[k]]
     assert changed == [".step"]
     assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), after.ema))
+
+
+def test_a_checkpoint_knows_how_many_images_it_was_trained_on(finished):
+    with contextlib.closing(Checkpoints(finished, read_only=True)) as checkpoints:
+        assert checkpoints.meta(12)["train_examples"] == 1437
+
+
+def saved(checkpoints, run, step, top1=None):
+    state = run.init()._replace(step=jnp.int32(step))
+    metrics = None if top1 is None else {"top1": top1}
+    checkpoints.save(state, as_dict(run.config), metrics)
+    checkpoints.wait()
+
+
+def test_checkpoints_between_evaluations_make_room_for_later_ones(run, tmp_path):
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        saved(checkpoints, run, 1, top1=5.0)
+        for step in (2, 3, 4):
+            saved(checkpoints, run, step)
+        assert sorted(p.name for p in checkpoints.path.iterdir()) == ["1", "3", "4"]
+
+
+def test_the_best_is_the_latest_before_the_first_evaluation_and_new_ones_are_found(
+    run, tmp_path
+):
+    with contextlib.closing(Checkpoints(str(tmp_path))) as writer:
+        saved(writer, run, 1)
+        with contextlib.closing(Checkpoints(str(tmp_path), read_only=True)) as reader:
+            assert reader.find("best") == reader.find("latest") == 1
+            saved(writer, run, 2)
+            assert reader.find("best") == reader.find("latest") == 2
+
+
+def test_what_was_replaced_gives_way_to_a_complete_successor(run, tmp_path):
+    """A run that was killed after the save, before the old one was removed."""
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        saved(checkpoints, run, 1, top1=5.0)
+        old = tmp_path / "replaced/1"
+        shutil.copytree(checkpoints.path / "1", old)
+        (old / "meta/metadata").write_text("of before")
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        assert checkpoints.meta(1)["metrics"] == {"top1": 5.0}
+    assert not (tmp_path / "replaced").exists()
+
+
+def test_a_step_may_be_damaged_once_more(finished, run, tmp_path):
+    workdir = str(shutil.copytree(finished, tmp_path / "run"))
+    model = as_dict(run.config)["model"]
+    for _ in range(2):
+        step = tmp_path / "run/checkpoints/12"
+        shutil.rmtree(step, ignore_errors=True)
+        (step / "params").mkdir(parents=True)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            assert int(checkpoints.restore_latest(run.init(), model).step) == 8
+    assert len(list((tmp_path / "run/damaged").iterdir())) == 2
+
+
+def test_a_write_that_fails_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text("old")
+
+    def refuse(*_):
+        assert path.read_text() == "old"
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(workdirs.os, "replace", refuse)
+        workdirs.replace_text(path, "new")
+    assert path.read_text() == "old"

@@ -12,8 +12,14 @@ from scipy.special import log_softmax
 from sparx_jax import models, plots_results
 from sparx_jax.data import decode_image, eval_transform, open_eval_set
 from sparx_jax.data.sources import FolderSource
+from sparx_jax.training import evaluate
 from sparx_jax.training import state as states
-from sparx_jax.training.evaluate import evaluate_sets, restrict
+from sparx_jax.training.evaluate import (
+    Evaluation,
+    evaluate_sets,
+    restrict,
+    wrong_answers,
+)
 from sparx_jax.training.results import Result, table, write_results
 from sparx_jax.training.step import normalize
 from tests.data.shrunken_imagenet import VAL_WNIDS, write_eval_sets, write_folders
@@ -164,3 +170,20 @@ def test_the_image_of_resolutions_shows_all_values_legibly():
         for line in figure.axes[0].lines
     }
     assert drawn == curves
+
+
+def test_real_leaves_out_what_cannot_be_read():
+    label, predicted = np.array([-1, 0, 1]), np.array([3, 0, 2])
+    evaluation = Evaluation(0.0, 0.0, 0.0, 2, 1, label, predicted, np.ones(3))
+    row = Result("real", 32, *evaluation[:5])
+    found = evaluate._by_answers(row, evaluation, [[3], [0], [1]])
+    assert (found.examples, found.top1) == (2, 50.0)
+
+
+def test_the_most_confident_mistakes_are_shown_first(run):
+    source, data = run.setup.eval_source, run.config.data
+    label = np.array([source[i]["label"] for i in range(len(source))])
+    probability = np.linspace(0.1, 0.9, len(label))
+    evaluation = Evaluation(0.0, 0.0, 0.0, 360, 0, label, (label + 1) % 10, probability)
+    shown = wrong_answers(evaluation, source, data, 3)
+    assert [w.name for w in shown] == [f"digits test #{i}" for i in (359, 358, 357)]

@@ -322,3 +322,9 @@ def test_a_run_starts_where_another_ended_but_goes_on_from_its_own(tmp_path, cap
     shutil.rmtree(first)
     loop.train(tiny_settings(init_from=str(last)), str(second))
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_weights_get_the_dtype_of_the_network(run):
+    like = run.init().weights.params["head.bias"]
+    placed = finetune._place(np.ones(10, np.float16), like)
+    assert placed.dtype == np.float32 and placed.sharding == like.sharding

@@ -102,3 +102,12 @@ def test_nothing_in_a_step_may_wait_for_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "compile_train_step", careless)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.train(tiny_settings(), str(tmp_path))
+
+
+def test_the_steps_that_a_restart_lost_are_those_of_the_session_before():
+    """Of 2 s each, then of 1 s: 25 of 100 are lost, and of 80 none."""
+    sessions = [
+        session(0, 100, 0, steps=200.0),
+        session(75, 155, 25, steps=80.0, checkpoints=20.0),
+    ]
+    assert summary(sessions)["goodput"] == pytest.approx((150 + 80) / 300)

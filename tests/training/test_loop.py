@@ -16,6 +16,7 @@ from sparx_jax import sweep
 from sparx_jax.errors import (
     BadDataError,
     NonFiniteLossError,
+    Preempted,
     StorageError,
     UserError,
 )
@@ -444,3 +445,146 @@ def test_a_sweep_knows_a_finished_run_from_its_files(finished, run):
     longer = tiny_settings(train_epochs=0.2)
     with pytest.raises(UserError, match=r"train_epochs=0\.13 there, 0\.2 here"):
         sweep.result(point._replace(settings=longer))
+
+
+def test_the_seed_decides_the_order_of_the_images(tmp_path, monkeypatch):
+    def train_batches(*_, seed, **__):
+        raise Killed(seed)
+
+    monkeypatch.setattr(loop, "train_batches", train_batches)
+    with pytest.raises(Killed, match="3"):
+        loop.train(tiny_settings(seed=3), str(tmp_path))
+
+
+def test_the_rate_is_at_its_end_when_the_cooldown_begins(run, tmp_path, monkeypatch):
+    def learning_rate(config, warmup_steps, total_steps):
+        raise Killed(f"{warmup_steps} {total_steps}")
+
+    monkeypatch.setattr(loop, "learning_rate", learning_rate)
+    with pytest.raises(Killed, match=r"^2 12$"):
+        loop.train(tiny_settings(cooldown_epochs=0.1), str(tmp_path))
+
+
+def test_epochs_are_counted_in_images_and_the_warm_up_ends_before_the_last(run):
+    long = dataclasses.replace(run.config, train_epochs=300.0)
+    lengths = loop.plan(long, 1437)  # 89.8 steps an epoch
+    assert lengths.total_steps == 26944
+    assert lengths.steps_per_epoch == pytest.approx(1437 / 16)
+    short = dataclasses.replace(run.config, train_epochs=0.021)
+    lengths = loop.plan(short, 1437)
+    assert (lengths.warmup_steps, lengths.schedule_steps) == (1, 2)
+
+
+def test_no_evaluation_is_due_shortly_before_the_last():
+    lengths = loop.Plan(14, 0, 14, 4, 4.0)
+    assert [step for step in range(1, 15) if lengths.is_eval(step)] == [4, 8, 12, 14]
+    lengths = loop.Plan(13, 0, 13, 4, 4.0)
+    assert [step for step in range(1, 14) if lengths.is_eval(step)] == [4, 8, 13]
+
+
+def test_only_skipped_steps_in_a_row_end_a_run(run):
+    checkpoints = types.SimpleNamespace(latest_step=lambda: None)
+    config = dataclasses.replace(run.config, max_skipped_steps=1)
+    window = loop._Window(config, None, checkpoints, range(10))
+    names = "train_loss", "unreadable", "learning_rate", "grad_norm"
+    metrics = dict.fromkeys(names, jnp.zeros(()))
+
+    def read(*skipped):
+        for step, value in enumerate(skipped, start=1):
+            window._read(metrics | {"skipped": jnp.asarray(value)}, step)
+
+    read(True, False, True, False, True)
+    with pytest.raises(NonFiniteLossError, match="in 2 steps in a row"):
+        read(False, True, True)
+
+
+def test_unreadable_images_count_for_the_epoch_of_their_own_step(run):
+    """Although the metrics of a step are read one step later."""
+    data = dataclasses.replace(run.config.data, max_bad_fraction=0.25)
+    config = dataclasses.replace(run.config, data=data, batch_size=4)
+    window = loop._Window(config, None, None, range(8))
+    metrics = dict.fromkeys(("train_loss", "skipped"), jnp.zeros(()))
+    for step, count in enumerate((0, 2, 1, 0, 0), start=1):  # two steps an epoch
+        window.add(step, metrics | {"unreadable": jnp.asarray(count)}, 0.0)
+
+
+def test_sessions_begin_at_the_step_they_go_on_from(resumed):
+    sessions = read_sessions(resumed)
+    assert [s["from_step"] for s in sessions] == [0, 4, 8]
+    assert [s["lost_steps"] for s in sessions] == [0, 2, 2]
+
+
+def stopped_after(polls):
+    """A request to stop that is seen after so many times that it was not."""
+    answers = iter([False] * polls)
+
+    @contextlib.contextmanager
+    def stop_request():
+        yield types.SimpleNamespace(poll=lambda: next(answers, True))
+
+    return stop_request
+
+
+def test_a_stopped_run_logs_the_steps_since_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "stop_request", stopped_after(1))
+    with pytest.raises(Preempted, match="after step 2"):
+        loop.train(tiny_settings(log_every_steps=50), str(tmp_path))
+    (record,) = read_metrics(str(tmp_path))
+    assert record["step"] == 2 and record["train_loss"] > 0
+
+
+def test_a_run_that_was_stopped_before_its_evaluation_repeats_none(
+    tmp_path, monkeypatch
+):
+    settings = tiny_settings(train_epochs=0.03)  # 3 steps
+    workdir = str(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 3"):
+        patch.setattr(loop, "stop_request", stopped_after(2))
+        loop.train(settings, workdir)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # killed before the save
+        file.write('{"step": 3, "top1": 1.0}\n')
+    loop.train(settings, workdir)
+    assert sum("top1" in record for record in read_metrics(workdir)) == 1
+
+
+def test_bad_data_after_an_evaluation_cost_no_checkpoint_its_metrics(
+    tmp_path, monkeypatch
+):
+    train_batches = loop.train_batches
+
+    def four_batches(*args, **kwargs):
+        with contextlib.closing(train_batches(*args, **kwargs)) as batches:
+            for _ in range(4):
+                yield next(batches)
+        raise BadDataError("3 of 10 examples cannot be read")
+
+    monkeypatch.setattr(loop, "train_batches", four_batches)
+    with pytest.raises(BadDataError):
+        loop.train(tiny_settings(), str(tmp_path))
+    with contextlib.closing(Checkpoints(str(tmp_path), read_only=True)) as checkpoints:
+        assert "top1" in checkpoints.meta(4)["metrics"]
+
+
+def test_a_run_tells_its_classes_to_what_it_starts_from(tmp_path, monkeypatch):
+    """Or a head of as many other classes would be taken."""
+
+    def start_from(source, state, class_names=()):
+        raise Killed(f"{source} {class_names}")
+
+    monkeypatch.setattr(loop, "start_from", start_from)
+    with pytest.raises(Killed, match=r"x\.pth \('0', '1'"):
+        loop.train(tiny_settings(init_from="x.pth"), str(tmp_path))
+
+
+def test_a_line_tells_the_mean_of_its_steps_and_counts_what_was_left_out(run):
+    window = loop._Window(run.config, loop.plan(run.config, 1437), None, range(1437))
+    names = "learning_rate", "grad_norm"
+    metrics = dict.fromkeys(names, jnp.zeros(()))
+    for step, (loss, skipped, unreadable) in enumerate(
+        ((1.0, False, 0), (9.0, True, 0), (3.0, False, 2), (5.0, False, 1)), start=1
+    ):
+        values = dict(train_loss=loss, skipped=skipped, unreadable=unreadable)
+        window.add(step, metrics | {k: jnp.asarray(v) for k, v in values.items()}, 0.0)
+    record = window.close()
+    assert (record["step"], record["train_loss"]) == (4, 3.0)
+    assert (record["skipped_steps"], record["unreadable"]) == (1, 3)

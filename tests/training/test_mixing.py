@@ -180,3 +180,16 @@ def test_one_two_and_four_devices_give_the_same_bits():
         outs.append(done.stdout)
     assert outs[0] == outs[1] == outs[2]
     assert len(set(outs[0].split("\n"))) == 7  # each step another batch
+
+
+def test_the_switch_is_the_share_of_cutmix():
+    config = MixingConfig(mixup=0.8, cutmix=1.0, switch=0.9)
+    draw = jax.jit(jax.vmap(lambda key: mixing.draw_mix(key, config)[1]))
+    assert 0.87 < np.mean(draw(keys(2000))) < 0.93
+
+
+def test_each_erased_image_has_noise_of_its_own():
+    images = jnp.full((64, 48, 32, 3), 9.0)
+    out = np.asarray(mixing.erase(jax.random.key(1), images, 1.0))
+    noise = out[out != 9.0]
+    assert len(np.unique(noise)) > 0.99 * len(noise)

@@ -7,7 +7,7 @@ import pytest
 from configs import imagenet
 from sparx_jax import list_models
 from sparx_jax.errors import UserError
-from sparx_jax.training.config import as_dict, from_config_dict
+from sparx_jax.training.config import as_dict, changes_of_run, from_config_dict
 from sparx_jax.training.loop import plan
 from tests.training import config_goldens
 
@@ -99,3 +99,13 @@ def test_home_is_found_where_no_shell_does_it(monkeypatch):
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="sparx_mamba_s"):
         imagenet.get_config("sparx_mamba_xl")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("model.dtype", "bfloat16"), ("model.drop_path_rate", 0.3)]
+)
+def test_what_alters_the_run_is_no_free_setting(run, key, value):
+    settings = as_dict(run.config)
+    name = key.rpartition(".")[2]
+    other = settings | {"model": settings["model"] | {name: value}}
+    assert len(changes_of_run(settings, other)) == 1

@@ -1,21 +1,26 @@
 """Laws of the training and evaluation steps."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from scipy.special import log_softmax
 
 from sparx_jax import models
 from sparx_jax.training import state as states
+from sparx_jax.training import step as steps
+from sparx_jax.training.config import MixingConfig
 from sparx_jax.training.optimizer import learning_rate, make_optimizer
 from sparx_jax.training.setup import prepare
 from sparx_jax.training.step import (
     compile_train_step,
     cross_entropy,
+    eval_step,
     normalize,
     smooth_targets,
     train_step,
@@ -204,3 +209,125 @@ def test_examples_weigh_as_told_whatever_their_labels(run, batch):
     nothing, state = loss(first & False, label)
     assert nothing == 0
     assert all(np.isfinite(np.frombuffer(x, np.float32)).all() for x in state.values())
+
+
+@pytest.fixture
+def with_network(monkeypatch):
+    """Puts `function(params, images)` in the network's place: nothing compiles long."""
+
+    def put(function):
+        def merge(graphdef, weights):
+            class Network(nnx.Module):
+                def __call__(self, images, key=None):
+                    return function(weights.params, images)
+
+            return Network()
+
+        monkeypatch.setattr(steps, "merge", merge)
+
+    return put
+
+
+def one_step(run, batch, **mixing):
+    config = dataclasses.replace(run.config, mixing=MixingConfig(**mixing))
+    optimizer, params = (
+        make_optimizer(config.optimizer),
+        {"a.kernel": jnp.zeros((2, 2))},
+    )
+    state = states.TrainState(
+        jnp.int32(0), states.Weights(params, {}), None, optimizer.init(params)
+    )
+    schedule = optax.constant_schedule(0.1)
+    return train_step(None, config, optimizer, schedule, np.uint32(0), state, batch)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_a_guess_costs_the_logarithm_of_the_classes_whatever_is_mixed(
+    run, batch, with_network, kind
+):
+    """An image that cannot be read takes its part of a mixture along."""
+    with_network(lambda params, images: jnp.zeros((16, 10)))
+    read = np.arange(16) != 3
+    batch = batch | {
+        "weight": read.astype(np.float32),
+        "label": np.where(read, batch["label"], -1),
+    }
+    loss = one_step(run, batch, **{kind: 1.0})[1]["train_loss"]
+    assert loss == pytest.approx(math.log(10), rel=1e-6)
+
+
+def test_the_network_sees_normal_noise_where_images_are_erased(
+    run, batch, with_network
+):
+    seen = []
+
+    def network(params, images):
+        seen.append(np.asarray(jax.lax.stop_gradient(images)))
+        return jnp.zeros((16, 10))
+
+    with_network(network)
+    batch = batch | {"image": np.full((16, 32, 32, 3), 255, np.uint8)}
+    one_step(run, batch, erasing=1.0)
+    white = (1 - np.array(run.config.data.mean)) / run.config.data.std
+    noise = seen[0][np.abs(seen[0] - white).max(-1) > 1e-5]
+    assert len(noise) > 200 and abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+def test_a_step_whose_gradient_alone_is_not_finite_changes_no_weight(
+    run, batch, with_network
+):
+    with_network(
+        lambda params, images: (
+            jnp.sqrt(params["a.kernel"][:1, :1]) * jnp.arange(10.0)
+            + jnp.zeros((16, 10))
+        )
+    )
+    state, metrics = one_step(run, batch)
+    assert np.isfinite(metrics["train_loss"]) and metrics["skipped"]
+    assert not state.weights.params["a.kernel"].any() and state.step == 1
+
+
+def test_a_tie_and_a_nan_count_against_the_label(run, with_network):
+    nan = np.nan
+    logits = jnp.array(
+        [
+            [3, 1, 2, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0],
+            [7.0] * 6,
+            [nan] * 6,
+            [0, 1, nan, 0, 0, 0],
+        ]
+    )
+    with_network(lambda params, images: logits)
+    count = len(logits)
+    batch = {
+        "image": np.zeros((count, 32, 32, 3), np.uint8),
+        "label": np.array([0, 0, 0, 0, 1]),
+        "weight": np.ones(count, np.float32),
+        "index": np.arange(count),
+    }
+    found = eval_step(None, run.config, states.Weights({}, {}), batch)
+    assert (found["top1"], found["top5"]) == (1, 3)
+    expected = np.exp(3) / (np.exp([3, 1, 2]).sum() + 3)
+    assert found["probability"][0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_seed_decides_weights_and_draws(run):
+    def weights(seed):
+        return states.init(
+            run.config.model,
+            run.optimizer,
+            seed=seed,
+            use_ema=True,
+            mesh=run.setup.mesh,
+        )[1].weights
+
+    one, other = weights(0), weights(2)
+    name = "head.kernel"
+    assert (one.params[name] != other.params[name]).any()
+    network = states.split(models.build(run.config.model, 0))[0]
+    config = dataclasses.replace(run.config, seed=2)
+    step = compile_train_step(
+        network, config, run.optimizer, run.schedule, run.init(), run.setup.mesh
+    )
+    assert step.args == (2,)
