@@ -43,22 +43,20 @@ def mix(
     box = cutmix_box(box_key, share, height, width)
     area = (box[2] - box[0]) * (box[3] - box[1])
     cut_share = 1 - area / (height * width)  # the borders may have cut the box
-    cut = paste(images, _inside(box, height, width))
-    mixed = jnp.round(blend(images.astype(jnp.float32), share)).astype(jnp.uint8)
+    partners = images[::-1]  # from other devices, a byte a value
+    cut = jnp.where(_inside(box, height, width)[..., None], partners, images)
+    mixed = jnp.round(blend(images, partners, share)).astype(jnp.uint8)
     images = jnp.where(use_cutmix, cut, mixed)
-    return images, blend(targets, jnp.where(use_cutmix, cut_share, share))
+    share = jnp.where(use_cutmix, cut_share, share)
+    return images, blend(targets, targets[::-1], share)
 
 
-def blend(x: Float[Array, "b ..."], share: Float[Array, ""]) -> Float[Array, "b ..."]:
-    """`share` of each row, and the rest of its partner in the batch backwards."""
+def blend(x: Array, partner: Array, share: Float[Array, ""]) -> Float[Array, "..."]:
+    """`share` of `x`, and the rest of `partner`, in float32."""
+    x, partner = x.astype(jnp.float32), partner.astype(jnp.float32)
     # Not x * share + partner * (1 - share): of these two products XLA fuses one with
     # the sum, a different one where the partner lies on another device.
-    return x + (1 - share) * (x[::-1] - x)
-
-
-def paste(images: UInt8[Array, "b h w c"], inside: Array) -> UInt8[Array, "b h w c"]:
-    """The partner's pixels where `inside`, (h, w), is true."""
-    return jnp.where(inside[..., None], images[::-1], images)
+    return x + (1 - share) * (partner - x)
 
 
 def draw_mix(

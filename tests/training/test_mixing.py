@@ -36,20 +36,17 @@ def as_law(boxes):
     return box_law(np.stack([top, left, bottom - top, right - left], 1), HEIGHT)
 
 
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_given_draws_give_the_numbers_of_timm(timm, kind):
+@pytest.mark.parametrize("number, share, cutmix", [(0, 0.3137, False), (1, 0.5, True)])
+def test_given_draws_give_the_numbers_of_timm(timm, monkeypatch, number, share, cutmix):
     images, labels = (jnp.asarray(timm[f"mix_{n}"]) for n in ("images", "labels"))
+    drawn = jnp.float32(share), jnp.asarray(cutmix), None
+    monkeypatch.setattr(mixing, "draw_mix", lambda *_: drawn)
+    monkeypatch.setattr(mixing, "cutmix_box", lambda *_: jnp.array([1, 2, 6, 5]))
+    config = MixingConfig(mixup=0.8, cutmix=1.0)
     targets = smooth_targets(labels, 5, 0.1)
-    inside = mixing._inside((1, 2, 6, 5), *images.shape[1:3])
-    if kind == "cutmix":
-        number, share, out = 1, 1 - 15 / 48, mixing.paste(images, inside)
-        np.testing.assert_array_equal(out, timm["mixed_1"])
-    else:
-        number, share = 0, 0.3137
-        out = jnp.round(mixing.blend(images.astype(jnp.float32), share))
-        np.testing.assert_array_equal(out, timm["mixed_0"])
-    out = mixing.blend(targets, share)
-    np.testing.assert_allclose(out, timm[f"target_{number}"], rtol=0, atol=2e-7)
+    mixed, targets = mixing.mix(jax.random.key(0), images, targets, config)
+    np.testing.assert_array_equal(mixed, timm[f"mixed_{number}"])
+    np.testing.assert_allclose(targets, timm[f"target_{number}"], rtol=0, atol=2e-7)
 
 
 @pytest.mark.parametrize("config", [MixingConfig(mixup=0.8), MixingConfig(cutmix=1.0)])
