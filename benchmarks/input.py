@@ -22,12 +22,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import timing
-from sparx_jax.data import decode_image, train_batches
+from sparx_jax.data import DataConfig, decode_image, train_batches
 from sparx_jax.data.fast import fast_train_transform, operate
 from sparx_jax.data.rand_augment import Draw
 from sparx_jax.data.sources import FolderSource
 from sparx_jax.data.transforms import make_choose, train_transform
-from sparx_jax.training.config import DataConfig
 
 RECIPE = DataConfig(interpolation="random", rand_augment="rand-m9-mstd0.5-inc1")
 FILL = (124, 116, 104)

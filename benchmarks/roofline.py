@@ -154,7 +154,7 @@ def main() -> None:
     for file in filter(None, args.predicted.split(",")):
         show_predicted(json.loads(Path(file).read_text()), rows)
     if args.out:
-        Path(args.out).write_text(json.dumps(vars(args) | {"rows": rows}, default=str))
+        args.out.write_text(json.dumps(vars(args) | {"rows": rows}, default=str))
 
 
 def show_predicted(compiled, rows):

@@ -36,7 +36,7 @@ class Stem(nnx.Module):
         strides = (2, *[1] * (num_convs - 2), 2)
         self.convs = nnx.List(
             conv3x3(a, b, stride=stride, **_conv_of(norm), dtype=dtype, rngs=rngs)
-            for a, b, stride in zip(dims, dims[1:], strides, strict=False)
+            for a, b, stride in zip(dims[:-1], dims[1:], strides, strict=True)
         )
         self.norms = nnx.List(_norm_of(norm)(d) for d in dims[1:])
 

@@ -23,7 +23,7 @@ from sparx_jax.errors import UserError
 
 SOURCE = Path(__file__).with_name("four_scans.cu")
 CHANNELS = 16  # of a block
-_LOG2_E, _LN_2 = 1.4426950408889634, 0.6931471805599453
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 # Shared memory that a block may have, in KiB, by the names of chips.
 _LIMITS = {r"\bG?[BH]\d00\b|\bH20\b": 227, r"\bA[18]00\b|\bA30\b": 163, "": 99}
 
@@ -96,13 +96,13 @@ def forward(of: Program, x, p, w, bias, a, d):
 def operands(of: Program, x, p, w, bias, a, d):
     """As `four_scans.cu` takes them."""
     batch, *_, dim = x.shape
-    w = jnp.swapaxes(w.astype(jnp.float32) * _LOG2_E, 1, 2)
+    w = jnp.swapaxes(w.astype(jnp.float32) * LOG2_E, 1, 2)
     w = jnp.pad(w, ((0, 0), (0, 0), (0, of.numbers - w.shape[-1])))[:, :, _order(of)]
     rough = w.astype(jnp.bfloat16)
     halves = rough, (w - rough.astype(jnp.float32)).astype(jnp.bfloat16)
     x, p = (t.reshape(batch, -1, t.shape[-1]) for t in (x, p))
-    skip = d.sum(0) / _LN_2
-    return x, p, jnp.stack(halves, 1), bias * _LOG2_E, a.reshape(4, dim), skip
+    skip = d.sum(0) / LN_2
+    return x, p, jnp.stack(halves, 1), bias * LOG2_E, a.reshape(4, dim), skip
 
 
 def _order(of: Program) -> list[int]:

@@ -34,7 +34,6 @@ _LOG1P = (
     0.9999999699, -0.4999949314, 0.3331909681, -0.2484298222, 0.1910600677,
     -0.1366324581, 0.0782259521, -0.0295052389, 0.0052326943,
 )  # fmt: skip
-_LOG2_E, _LN_2 = 1.4426950408889634, 0.6931471805599453
 
 
 def four_scans(
@@ -106,7 +105,7 @@ class _Walk:
         k = self.direction
         self._w = [self.read(w, k, i) for i in range(self.r)]
         self._bias = self.read(bias, k)
-        self.a = [self.read(a, k, i) * _LOG2_E for i in range(self.n)]
+        self.a = [self.read(a, k, i) * cuda.LOG2_E for i in range(self.n)]
 
     def read(self, ref, *at):
         """The channels of this program, in float32, zero beyond the last."""
@@ -146,7 +145,7 @@ class _Walk:
         z = self._bias
         for number, w in zip(dt, self._w, strict=True):
             z = self.fma(number, w, z)
-        e = self._exp2(jnp.abs(z) * -_LOG2_E)
+        e = self._exp2(jnp.abs(z) * -cuda.LOG2_E)
         *others, series = _LOG1P
         for factor in reversed(others):
             series = self.fma(series, e, factor)
@@ -262,7 +261,7 @@ def _backward_kernel(
                 plt.store(grad_bc.at[*_indices((*at, walk.n + n))], (g * h[n]).sum())
                 grad_h[n] *= decay[n]
             # Of a, which is scaled, the logarithm of two is still missing.
-            grad_delta = walk.fma(grad_rate, u, grad_delta * _LN_2)
+            grad_delta = walk.fma(grad_rate, u, grad_delta * cuda.LN_2)
             walk.write(grad_x, grad_rate * delta, k, image, pixel)
             grad_delta *= sigmoid
             total_z += grad_delta
