@@ -58,8 +58,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 @functools.cache
-def _silence_abandoned_reads():
-    """Where one read fails, Orbax abandons the others: each would show a traceback."""
+def _silence_what_is_abandoned():
+    """Where one array fails, Orbax abandons the others: each would show a traceback."""
     show = sys.unraisablehook
 
     def hook(unraisable):
@@ -98,6 +98,7 @@ class Checkpoints:
             ]
         )
         self._replaced = self.path.parent / "replaced"
+        _silence_what_is_abandoned()
         if not read_only:
             self._put_back()
         with self._storage_errors():
@@ -324,7 +325,6 @@ class Checkpoints:
             return meta
 
     def _read(self, step, **args):
-        _silence_abandoned_reads()
         path = self.path / str(step)
         return self._reader.restore(path, args=ocp.args.Composite(**args))
 

@@ -64,8 +64,10 @@ def run(
     def guarded(argv):
         del argv
         if not flags.FLAGS["verbosity"].present:
-            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells of every file
-            # And asyncio of every array that a full disk did not take.
+            absl_logging.set_verbosity(absl_logging.ERROR)
+            # A full disk is told once, not by Orbax and asyncio for each array too.
+            own = lambda record: "/orbax/" not in record.pathname  # noqa: E731
+            absl_logging.get_absl_logger().addFilter(own)
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if not jax.config.jax_compilation_cache_dir:
             cache = Path.home() / ".cache/sparx_jax/xla"
