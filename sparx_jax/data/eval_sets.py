@@ -93,10 +93,10 @@ class _Renumbered:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        names, number_of = self.source.class_names, {}
-        # V2's folders are labels: 0 to 999.
-        number_of |= {str(i): i for i in range(len(self.class_names))}
-        number_of |= {name: i for i, name in enumerate(self.class_names)}
+        names = self.source.class_names
+        number_of = {name: i for i, name in enumerate(self.class_names)}
+        if number_of.keys().isdisjoint(names):  # V2's folders are labels: 0 to 999
+            number_of = {str(i): i for i in range(len(self.class_names))}
         self._number = np.array([number_of.get(name, -1) for name in names], np.int32)
         if (self._number < 0).any() and (self.labels < 0).any():
             stranger = names[self.source.labels[np.argmin(self.labels)]]
@@ -134,8 +134,18 @@ def _real_labels(root, val):
     try:
         with open(path) as file:
             labels = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): copy it there again.") from error
+    count = len(val.class_names)
+    try:
+        good = all(type(n) is int and 0 <= n < count for some in labels for n in some)
+    except TypeError:
+        good = False
+    if not good or not isinstance(labels, list):
+        raise UserError(
+            f"{path} does not hold lists of labels below {count}, the number of "
+            "classes of the evaluation split: it goes with all 1,000 of ImageNet."
+        )
     answers = []
     for index in range(len(val)):
         name = os.path.basename(val.name(index))

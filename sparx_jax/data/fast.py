@@ -100,7 +100,7 @@ def _rgb_jpeg_shape(image):
     _, simplejpeg = _imports()
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a subsampling that it cannot name
         return None
     return (height, width) if colors in ("YCbCr", "Gray") else None
 

@@ -145,7 +145,7 @@ def _entries(path: str) -> list[os.DirEntry]:
 
 
 def _folders(path: str) -> list[str]:
-    return sorted(entry.name for entry in _entries(path) if entry.is_dir())
+    return sorted(entry.name for entry in _entries(path) if os.path.isdir(entry.path))
 
 
 def _class_folders(root: str, split: str) -> list[str]:
@@ -164,12 +164,18 @@ def _class_folders(root: str, split: str) -> list[str]:
     return names
 
 
+def _is_file(entry):
+    """A link to nowhere is a file that cannot be read, and counts as one."""
+    if not entry.is_symlink():
+        return entry.is_file()
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
+
+
 def _image_files(path: str) -> tuple[list[str], list[str]]:
     """The names of the images, and those of whatever else is there."""
     files, others = [], []
     for entry in _entries(path):
-        # A link to nowhere is an image that cannot be read, and counts as one.
-        is_image = entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.is_dir()
+        is_image = entry.name.lower().endswith(IMAGE_SUFFIXES) and _is_file(entry)
         (files if is_image else others).append(entry.name)
     if not files:
         raise UserError(

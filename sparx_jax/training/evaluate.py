@@ -270,7 +270,7 @@ def _by_answers(row, evaluation, answers):
         )
         if labels and label >= 0  # -1: could not be read
     ]
-    top1 = 100 * float(np.mean(right))
+    top1 = 100 * float(np.mean(right)) if right else float("nan")
     return row._replace(examples=len(right), top1=top1, top5=None, loss=None)
 
 

@@ -112,6 +112,31 @@ def test_real_labels_of_other_images_are_told(data, tmp_path):
     rejected("real", data, "mine.JPEG has no entry")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["null", "[0, 1]", '[["a"]]', "[[7]]", "[[-1]]", '{"0": [0]}', "[" * 10**5],
+)
+def test_real_labels_that_are_none_of_the_classes_are_told(data, tmp_path, content):
+    """Also those of all of ImageNet, where the classes are some of it."""
+    (tmp_path / "real.json").write_text(content)
+    rejected("real", data, "real.json")
+
+
+def test_folders_are_numbers_only_where_none_is_a_class():
+    class Source:
+        class_names, labels = ("0", "1", "2"), np.array([0, 1, 2])
+
+    def numbers(*class_names):
+        return eval_sets._Renumbered(Source(), class_names).labels.tolist()
+
+    assert numbers("n0", "n1", "n2") == [0, 1, 2]
+    assert numbers("2", "1", "0") == [2, 1, 0]
+    with pytest.raises(UserError, match="the class '0'"):
+        source = Source()
+        source.name = lambda index: "0/x.jpg"
+        eval_sets._Renumbered(source, ("1", "2", "3"))
+
+
 def test_an_image_without_label_stays_without():
     class Unlabelled:
         class_names, labels = ("n2", "n1"), np.array([0, -1])

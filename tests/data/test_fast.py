@@ -45,6 +45,16 @@ def test_fast_images_are_close_to_the_exact_ones(format, size):
         assert np.abs(fast - exact).mean() < 6, seed  # grey levels
 
 
+def test_subsampling_that_simplejpeg_cannot_name_is_left_to_pillow():
+    """4:4:1."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "teal").save(buffer, "JPEG", subsampling="4:1:1")
+    content = bytearray(buffer.getvalue())
+    content[content.find(b"\xff\xc0") + 11] = 0x14  # as many blocks, one on another
+    fast, exact = both(config(), bytes(content), 0)
+    np.testing.assert_array_equal(fast, exact)
+
+
 @pytest.mark.parametrize("name", MOVES)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_moves_go_where_the_exact_ones_go(name, sign):

@@ -1,6 +1,7 @@
 """Laws of the sources: what they hold, in which order, and what they reject."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -67,12 +68,25 @@ def test_folder_classes_and_files_are_sorted_by_name(tmp_path):
     assert source[1]["image"] == (tmp_path / "train/dog/a.jpeg").read_bytes()
 
 
-def test_a_link_to_nowhere_is_a_image_that_cannot_be_read(tmp_path):
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
     write_images(tmp_path, "train/cat/a.png")
     (tmp_path / "train/cat/b.png").symlink_to("gone.png")
     source = open_source(folder(tmp_path), "train")
     assert len(source) == 2
     with pytest.raises(FileNotFoundError):
+        source[1]
+
+
+def test_links_in_a_circle_are_no_classes_and_pipes_no_images(tmp_path, caplog):
+    """A pipe would never end."""
+    write_images(tmp_path, "train/cat/a.png")
+    (tmp_path / "train/dog").symlink_to("dog")
+    (tmp_path / "train/cat/b.png").symlink_to("b.png")
+    os.mkfifo(tmp_path / "train/cat/c.png")
+    source = open_source(folder(tmp_path), "train")
+    assert source.class_names == ("cat",) and "c.png" in caplog.text
+    assert files(source, tmp_path) == ["train/cat/a.png", "train/cat/b.png"]
+    with pytest.raises(OSError, match="symbolic links"):
         source[1]
 
 
