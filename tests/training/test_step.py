@@ -230,10 +230,8 @@ def with_network(monkeypatch):
 
 def one_step(run, batch, **mixing):
     config = dataclasses.replace(run.config, mixing=MixingConfig(**mixing))
-    optimizer, params = (
-        make_optimizer(config.optimizer),
-        {"a.kernel": jnp.zeros((2, 2))},
-    )
+    optimizer = make_optimizer(config.optimizer)
+    params = {"a.kernel": jnp.zeros((2, 2))}
     state = states.TrainState(
         jnp.int32(0), states.Weights(params, {}), None, optimizer.init(params)
     )
