@@ -245,8 +245,15 @@ def test_a_worker_that_dies_twice_at_the_same_batch_stops_the_run():
     assert multiprocessing.active_children() == []
 
 
-def shared_memory(prefix):
-    return set(Path("/dev/shm").glob(f"{prefix}*"))
+# A sitecustomize: other tests have shared memory too.  Python allows ten characters.
+NAMED = f"""
+from multiprocessing import resource_tracker, shared_memory
+shared_memory._SHM_NAME_PREFIX = '/{os.getpid():x}_'
+"""
+
+
+def shared_memory():
+    return list(Path("/dev/shm").glob(f"{os.getpid():x}_*"))
 
 
 TRAINER = """
@@ -261,12 +268,9 @@ if __name__ == "__main__":
 """
 
 
-# A name of its own in all its processes: other tests have shared memory too.  Death
-# between making memory and registering it is rare, so that this takes long.
+# Death between making memory and registering it is rare, so that this takes long.
 SLOW_TO_REGISTER = """
 import time
-from multiprocessing import resource_tracker, shared_memory
-shared_memory._SHM_NAME_PREFIX = '/killed_'
 def register(*args, register=resource_tracker.register):
     time.sleep(0.2)
     register(*args)
@@ -275,7 +279,7 @@ resource_tracker.register = register
 
 
 def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_REGISTER)
+    (tmp_path / "sitecustomize.py").write_text(NAMED + SLOW_TO_REGISTER)
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER],
         stdout=subprocess.PIPE,
@@ -284,23 +288,25 @@ def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
     )
     try:
         assert trainer.stdout.readline() == b"ready\n"
-        assert shared_memory("killed_")
+        assert shared_memory()
         trainer.kill()
         # The workers share the pipe, so it ends only when they have.
         trainer.communicate(timeout=10)
         end = time.monotonic() + 10
-        while shared_memory("killed_") and time.monotonic() < end:
+        while shared_memory() and time.monotonic() < end:
             time.sleep(0.1)
-        assert not shared_memory("killed_")
+        assert not shared_memory()
     finally:
         with suppress(ProcessLookupError):
             os.killpg(trainer.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_memory_stays_flat():
+def test_memory_stays_flat(tmp_path, monkeypatch):
     """A lost batch in ten would show as 4 MB between the halves."""
-    source, before = Numbered(64), shared_memory("psm_")
+    (tmp_path / "sitecustomize.py").write_text(NAMED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    source = Numbered(64)
     data = replace(with_workers(1), rand_augment="", image_size=128)
     batches = train_batches(data, source, batch_size=8, seed=0)
     sizes = []
@@ -310,7 +316,7 @@ def test_memory_stays_flat():
             sizes.append(resident_bytes())
     first, second = np.median(np.reshape(sizes, (2, 100)), 1)
     assert second - first < 2e6
-    assert len(shared_memory("psm_") - before) < 20  # a few batches on their way
+    assert 0 < len(shared_memory()) < 20  # a few batches on their way
 
 
 def resident_bytes():
