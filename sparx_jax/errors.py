@@ -26,6 +26,10 @@ class BadDataError(UserError):
     """EX_DATAERR."""
 
 
+class TooManyUnreadableError(BadDataError):
+    """So many examples that all processes stop, after the same step."""
+
+
 class NonFiniteLossError(UserError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 

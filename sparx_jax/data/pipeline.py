@@ -27,7 +27,7 @@ from sparx_jax.data.transforms import (
     mean_color,
     train_transform,
 )
-from sparx_jax.errors import BadDataError, UserError
+from sparx_jax.errors import BadDataError, TooManyUnreadableError, UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -179,11 +179,11 @@ def _read(
 
 def too_many_unreadable(
     count: int, source: Source, data: DataConfig, names: str = "the logs name them"
-) -> BadDataError | None:
+) -> TooManyUnreadableError | None:
     """An error if `count` unreadable examples are more than `data` allows."""
     if count <= data.max_bad_fraction * len(source):
         return None
-    return BadDataError(
+    return TooManyUnreadableError(
         f"{count} of {len(source)} examples cannot be read, more than "
         f"data.max_bad_fraction={data.max_bad_fraction} allows: {names}; replace or "
         "delete them."

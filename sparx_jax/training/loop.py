@@ -14,6 +14,7 @@ from sparx_jax.errors import (
     NonFiniteLossError,
     Preempted,
     StorageError,
+    TooManyUnreadableError,
     UserError,
 )
 from sparx_jax.parallel import put_batch
@@ -209,11 +210,12 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
                 goodput.lap("steps")
                 if profiler.after(step, metrics):
                     goodput.lap("report")
-                if step % config.log_every_steps == 0 or lengths.is_eval(step):
+                stopped, due = stop.poll(), step % config.log_every_steps == 0
+                if stopped or due or lengths.is_eval(step):
                     log.write(window.close())
                     goodput.lap("steps")
                     goodput.write(step)
-                if stop.poll():
+                if stopped:
                     raise _Stopped
             if lengths.is_eval(step):
                 evaluation, record = _evaluate_state(
@@ -237,8 +239,6 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         report = write_report(workdir, config, evaluation, eval_source, title=title)
         goodput.lap("report")
     except _Stopped:
-        if window.steps:
-            log.write(window.close())
         if checkpoints.latest_step() != step:
             save(None)
         checkpoints.wait()
@@ -247,11 +247,11 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
             f"stopped by a signal after step {step:,}, which is saved: the same "
             "command goes on from there."
         ) from None
-    except BadDataError:
+    except BadDataError as error:  # files can be repaired
         step = done  # the one before, if it was this batch
-        # Files can be mended.  Of several processes this may be the only one here.
         new = step > (checkpoints.latest_step() or 0)
-        if new and jax.process_count() == 1:
+        everywhere = isinstance(error, TooManyUnreadableError)
+        if new and (everywhere or jax.process_count() == 1):
             save(None)
             checkpoints.wait()
         raise

@@ -150,7 +150,7 @@ def test_damage_that_one_of_two_processes_meets_is_everybodys(straight_two, tmp_
 
 @pytest.mark.slow
 def test_too_many_unreadable_images_end_all_processes_with_the_same_code(tmp_path):
-    """Of all bad pictures neither process sees as many as are too many."""
+    """Of all bad pictures neither process sees as many as are too many; both save."""
     folder = tmp_path / "data"
     for split, count in (("train", 240), ("test", 24)):
         for name in "ab":
@@ -168,6 +168,8 @@ def test_too_many_unreadable_images_end_all_processes_with_the_same_code(tmp_pat
         assert re.search(r"error: \d+ of 240 examples cannot be read", log)
     bad = [set(re.findall(r"a/\d+\.png", log)) for log in (job.log(), job.log(1))]
     assert max(map(len, bad)) <= 24 < len(bad[0] | bad[1])
+    steps = sorted(int(step.name) for step in (tmp_path / "run/checkpoints").iterdir())
+    assert steps == [3, 4]  # a save was due after 3 only
 
 
 @pytest.mark.slow
