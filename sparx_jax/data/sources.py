@@ -83,14 +83,15 @@ class DigitsSource:
 class FolderSource:
     """Image files in `root/split/class/`; hidden files and folders are skipped.
 
-    Other files, and folders inside class folders, are left out and logged.
+    Other files, images outside class folders and folders inside them are left out and
+    logged.
 
     The classes, sorted by name, are the folders of `train_split`, whichever `split`
     this reads, so that labels agree.
 
     Raises:
-      UserError: a folder is missing, a class folder holds no image, or `split` has a
-        class that `train_split` has not.
+      UserError: a folder is missing or a link to nowhere, a class folder holds no
+        image, or `split` has a class that `train_split` has not.
     """
 
     def __init__(self, root: str, split: str, train_split: str = "train"):
@@ -102,22 +103,25 @@ class FolderSource:
         self._path = os.path.join(root, split)
         self.class_names = tuple(_class_folders(root, train_split))
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        files, labels, others = [], [], []
-        for name in _class_folders(root, split):
+        files, labels = [], []
+        names = _class_folders(root, split)
+        others = {entry.path for entry in _entries(self._path)}
+        for name in names:
             path = os.path.join(self._path, name)
+            others.remove(path)
             if name not in label_of:
                 raise UserError(
                     f"{path} is of a class that {train_split!r} does not have: rename "
                     "it or add the class there."
                 )
             class_files, no_images = _image_files(path)
-            others += [os.path.join(path, other) for other in no_images]
+            others |= {os.path.join(path, other) for other in no_images}
             files += map(os.fsencode, class_files)
             labels += [label_of[name]] * len(class_files)
         if others:
-            kinds, some = ", ".join(IMAGE_SUFFIXES), ", ".join(others[:3])
+            some = ", ".join(sorted(others)[:3])
             logging.error(
-                "left out, as not of %s: %d such as %s", kinds, len(others), some
+                "left out, as no image of a class: %d such as %s", len(others), some
             )
         # Fixed-width bytes: ImageNet's 1.28 million names become one array of 36 MB.
         self._files, self.labels = np.array(files), np.array(labels, np.int32)
@@ -156,6 +160,12 @@ def _class_folders(root: str, split: str) -> list[str]:
             f"{root} has no folder {split!r} (its folders: {there}): rename one or set "
             "data.train_split and data.eval_split."
         )
+    for entry in _entries(path):
+        if not os.path.exists(entry.path):
+            raise UserError(
+                f"{entry.path} is a link to nowhere and may have been a class: repair "
+                "or delete it."
+            )
     if not (names := _folders(path)):
         raise UserError(
             f"{path} has no class folders: put the images of each class into "

@@ -77,17 +77,23 @@ def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tmp_path):
         source[1]
 
 
-def test_links_in_a_circle_are_no_classes_and_pipes_no_images(tmp_path, caplog):
+def test_links_in_a_circle_are_told_and_pipes_are_no_images(tmp_path, caplog):
     """A pipe would never end."""
     write_images(tmp_path, "train/cat/a.png")
-    (tmp_path / "train/dog").symlink_to("dog")
     (tmp_path / "train/cat/b.png").symlink_to("b.png")
     os.mkfifo(tmp_path / "train/cat/c.png")
     source = open_source(folder(tmp_path), "train")
-    assert source.class_names == ("cat",) and "c.png" in caplog.text
+    assert "c.png" in caplog.text
     assert files(source, tmp_path) == ["train/cat/a.png", "train/cat/b.png"]
     with pytest.raises(OSError, match="symbolic links"):
         source[1]
+
+
+@pytest.mark.parametrize("target", ["dog", "gone"])
+def test_a_class_does_not_vanish_with_what_it_is_linked_to(tmp_path, target):
+    write_images(tmp_path, "train/cat/a.png")
+    (tmp_path / "train/dog").symlink_to(target)
+    assert_rejected(folder(tmp_path), "train", "train/dog is a link to nowhere")
 
 
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
@@ -103,12 +109,13 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
 
 def test_hidden_files_are_skipped_and_others_are_named(tmp_path, caplog):
     write_images(tmp_path, "train/cat/a.png", "train/cat/.b.png", "train/.old/c.png")
+    write_images(tmp_path, "train/d.png")
     (tmp_path / "train/cat/notes.txt").write_text("no image")
-    (tmp_path / "train/readme.md").write_text("no class")
     assert files(open_source(folder(tmp_path), "train"), tmp_path) == [
         "train/cat/a.png"
     ]
-    assert f"1 such as {tmp_path}/train/cat/notes.txt" in caplog.text
+    names = f"{tmp_path}/train/cat/notes.txt, {tmp_path}/train/d.png"
+    assert f"2 such as {names}" in caplog.text
 
 
 def test_eval_split_uses_the_classes_of_the_train_split(tmp_path):
