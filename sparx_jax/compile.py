@@ -262,7 +262,7 @@ def report(
 
     def add(name, kind, step, per_device):
         results[name][kind] = step | {"per_device": per_device}
-        if "collectives" in step:
+        if "collectives" in step and chip.flops and chip.bandwidth:  # both are known
             results[name][kind]["predicted_s"] = predict(step, chip, count)
         save(found)
 
@@ -297,7 +297,7 @@ def table(rows: list[tuple[str, dict]], chip: Chip, count: int) -> list[str]:
         return ", ".join(parts) or "none"
 
     def seconds(step):
-        if "predicted_s" not in step or not (chip.flops and chip.bandwidth):
+        if "predicted_s" not in step:
             return "?"
         times = step["predicted_s"]
         busy = {k: v for k, v in times.items() if k != "network"}

@@ -164,6 +164,7 @@ def test_the_devices_of_this_machine_are_rehearsed(tmp_path):
     number, size = train["collectives"]["all-reduce"]
     assert number >= 1 and size >= 4 * 12_731  # the gradient, at least
     assert "all-gather" not in train["collectives"]
+    assert "| predicted time | ? | ? |" in told and "predicted_s" not in train
 
 
 @pytest.mark.slow
