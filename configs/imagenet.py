@@ -1,6 +1,6 @@
 """Recipes for ImageNet-1K at 224 x 224 pixels: the SparX and the Swin authors'.
 
-    python train.py --config=configs/imagenet.py:VARIANT --workdir=runs/VARIANT \
+    python train.py --config=configs/imagenet.py:VARIANT --workdir=runs/VARIANT \\
         --config.data.root=/path/to/imagenet
 
 `root` holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG. For the archives as TFDS

@@ -1,6 +1,6 @@
 """Compiles a run's steps for machines that need not be there: what will they need?
 
-    python -m sparx_jax.compile --config=configs/imagenet.py:sparx_mamba_t \
+    python -m sparx_jax.compile --config=configs/imagenet.py:sparx_mamba_t \\
         --topology=v5e:16x16 --remat=none,block
 
 The steps are those of train.py and eval.py, compiled for every device of the topology

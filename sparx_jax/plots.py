@@ -445,20 +445,24 @@ def write_line(
     text: str,
     *,
     width: float | None = None,
+    keep_end: bool = False,
     **style,
 ) -> None:
-    """One line of text, its baseline `top` inches from the top; cut at `width`."""
+    """One line of text, its baseline `top` inches from the top.
+
+    Cut where it is wider than `width`: its end, or with `keep_end` its middle.
+    """
     x, y = left / WIDTH, 1 - top / figure.get_figheight()
     # A file's name may be no text.
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     style = {"color": INK, "parse_math": False, **style}
     drawn = figure.text(x, y, text, va="baseline", **style)
     if width:
-        _cut(drawn, width * figure.dpi)
+        _cut(drawn, width * figure.dpi, 2 if keep_end else len(text))
 
 
-def _cut(drawn, width):
-    """Leaves the longest beginning that fits, with an ellipsis, where all is wider."""
+def _cut(drawn, width, share):
+    """Where all is wider, what fits with an ellipsis; a `share`th of it from the end."""
     full = drawn.get_text()
 
     def too_wide(text):
@@ -466,7 +470,8 @@ def _cut(drawn, width):
         return drawn.get_window_extent().width > width
 
     if too_wide(full):
-        cuts = [full[:n].rstrip() + "…" for n in range(len(full))]
+        ends = [(n - n // share, len(full) - n // share) for n in range(len(full))]
+        cuts = [f"{full[:head].rstrip()}…{full[tail:]}" for head, tail in ends]
         drawn.set_text(cuts[max(0, bisect_left(cuts, True, key=too_wide) - 1)])
 
 

@@ -53,7 +53,8 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
             axes.plot(mean(top1), row, "|", ms=14, mew=2, color=BLUE)
         axes.plot(top1, [row] * len(top1), "o", ms=4, color=ORANGE, mew=0, alpha=0.8)
         y = 0.9 + 0.36 * (row + 0.5) + 0.05
-        write_line(figure, 0.4, y, name, size=8.5, color=INK, width=left - 0.5)
+        style = dict(size=8.5, color=INK, width=left - 0.5)
+        write_line(figure, 0.4, y, name, keep_end=True, **style)  # or two may be alike
         count = f"n = {len(top1)}" + f" of {planned}" * (len(top1) < planned)
         text = f"{spread(top1)},  {count}"
         write_line(figure, WIDTH - 2.0, y, text, size=8.5, color=INK)

@@ -95,7 +95,13 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     grid = {}
     for text in texts:
         key, _, values = text.partition("=")
-        grid_values = re.split(r",(?![^(\[]*[)\]])", values)
+        grid_values, depth = [""], 0
+        for char in values:
+            depth += (char in "([{") - (char in ")]}")
+            if char == "," and depth == 0:
+                grid_values.append("")
+            else:
+                grid_values[-1] += char
         if not key or not all(grid_values):
             raise UserError(
                 f"--sweep {text} must have the form KEY=VALUE,VALUE ('' is an empty "
@@ -251,8 +257,7 @@ def train_all(points: Sequence[Point], jobs: int) -> list[Point]:
             signal.signal(number, handler)
     if running.stopped:
         raise Preempted(
-            "stopped by a signal; what was training has saved its state: the same "
-            "command goes on from there."
+            "stopped by a signal: the same command goes on from what is saved."
         )
     return [point for point in todo if not result(point)]
 
@@ -280,7 +285,8 @@ class _Running:
             self._processes.append(process)
             if self.stopped:  # since it was asked
                 process.terminate()
-            return process.wait()
+            code = process.wait()
+            return code if code >= 0 else 128 - code  # as a shell tells a signal
 
 
 def _train(running, point):
@@ -302,7 +308,7 @@ def _train(running, point):
     if code == 0:
         seconds = duration(time.perf_counter() - start)
         say(f"{point.folder.name}: finished after {seconds}")
-    elif not running.stopped:
+    elif not (running.stopped and code == Preempted.exit_code):
         told = log.read_bytes()[place:].decode(errors="replace").splitlines()
         last = (told or ["it printed nothing"])[-1]
         what = "SKIPPED" if code == BusyError.exit_code else "FAILED"
@@ -311,8 +317,8 @@ def _train(running, point):
 
 def write_results(
     points: Sequence[Point], grid: dict[str, list[str]], workdir: str
-) -> str:
-    """Writes results.md, .csv and .png; returns the table."""
+) -> None:
+    """Prints the table and writes results.md, .csv and .png."""
     from sparx_jax.plots_sweep import Group, spread, write_sweep
 
     results = [result(point) for point in points]
@@ -344,6 +350,7 @@ def write_results(
             ]
         )
     table = _table(header, rows)
+    say(table)  # before anything that a full disk may end
     folder = make_folder(workdir).resolve()
     replace_text(
         folder / "results.md",
@@ -364,7 +371,6 @@ def write_results(
     replace_text(folder / "results.csv", lines.getvalue())
     with storage_errors(folder):
         write_sweep(folder / "results.png", pictured, folder.name)
-    return table
 
 
 def _table(header, rows):
@@ -408,9 +414,13 @@ def main(config: ConfigDict, workdir: str) -> None:
     if index is not None and not _REPORT_ONLY.value:
         # In place of this process: signals and exit code are train.py's.
         os.execv(sys.executable, points[index].command)
+    if _REPORT_ONLY.value and not any(point.folder.exists() for point in points):
+        raise UserError(
+            f"--workdir={workdir} holds none of the sweep's runs: look for its folder."
+        )
     make_folder(workdir)
     failed = [] if _REPORT_ONLY.value else train_all(points, _JOBS.value)
-    say(write_results(points, grid, workdir))
+    write_results(points, grid, workdir)
     say(f"{workdir}/results.md, results.csv and results.png hold the results")
     if failed:
         names = ", ".join(point.folder.name for point in failed)

@@ -104,10 +104,9 @@ def test_an_epoch_from_archives_over_a_kill_and_the_tables_from_folders(data, tm
     by_name = {r["dataset"]: r for r in results if r["resolution"] == 32}
     assert by_name["a"]["loss"] == pytest.approx(math.log(50), abs=0.3)
     assert by_name["v2"]["loss"] == pytest.approx(math.log(1000), abs=0.3)
-    written = json.loads((run / "results.json").read_text())
-    assert written == summary
+    assert json.loads((run / "results.jsonl").read_text()) == summary
     table = (run / "results.md").read_text()
-    assert table.count("\n| ") == 7 and table[:-1] in evaluated.stdout.replace(
+    assert table.count("\n| ") == 7 and table.strip() in evaluated.stdout.replace(
         ":\n|", ":\n\n|"
     )
     with Image.open(run / "results.png") as picture:

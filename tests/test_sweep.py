@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from sparx_jax import sweep
-from sparx_jax.errors import Preempted, UserError
-from sparx_jax.plots_sweep import spread
+from sparx_jax.errors import Preempted, StorageError, UserError
+from sparx_jax.plots_sweep import Group, spread, sweep_figure
 from sparx_jax.training.config import as_dict, from_config_dict
 from sparx_jax.training.goodput import Goodput
 from tests.test_cli import ROOT
@@ -58,6 +58,11 @@ def test_the_grid_is_the_product_and_the_last_key_changes_fastest(tmp_path):
     ]
     assert points[3].settings.seed == 1
     assert points[3].settings.model.connector.stride == (0, 1, 2, 1)
+
+
+def test_commas_inside_of_brackets_separate_no_values():
+    text = "frozen=a{1,2},((1,2),(3,4)),[5,6]"
+    assert sweep.parse_grid([text]) == {"frozen": ["a{1,2}", "((1,2),(3,4))", "[5,6]"]}
 
 
 @pytest.mark.parametrize(
@@ -215,13 +220,16 @@ def test_a_folder_that_cannot_be_made_stops_no_other_point(tmp_path, trainer, ca
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_points_once_they_have_saved(tmp_path, monkeypatch, number):
+def test_a_signal_stops_the_points_once_they_have_saved(
+    tmp_path, monkeypatch, capsys, number
+):
     program, runs = tmp_path / "train.py", tmp_path / "runs"
     program.write_text(
         "import pathlib, signal, sys, time\n"
         "work = pathlib.Path(sys.argv[-1].partition('=')[2])\n"
         "def save(*_):\n"
         "    (work / 'saved').touch()\n"
+        "    if work.name == 'seed=1': sys.exit('error: but no best')\n"
         "    sys.exit(17)\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "(work / 'ready').touch()\n"
@@ -242,9 +250,12 @@ def test_a_signal_stops_the_points_once_they_have_saved(tmp_path, monkeypatch, n
     assert signal.getsignal(number) == before
     assert [(p.folder / "saved").exists() for p in points] == [True, True, False]
     assert not points[2].folder.exists(), "it was not started"
+    out = capsys.readouterr().out
+    assert "seed=1: FAILED with exit code 1: error: but no best" in out
+    assert out.count("FAILED") == 1
 
 
-def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):
+def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path, capsys):
     points, grid = points_of(tmp_path, "seed=0,1,2", "optimizer.lr=1e-3,4e-3")
     tops = {"lr=0.001": (90.0, 92.0, 97.0), "lr=0.004": (80.0,)}
     for point in points:
@@ -254,7 +265,8 @@ def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):
         )
         if seed < len(tops[group]):
             fabricate(point, point.folder, 98.0, tops[group][seed], step=359)
-    table = sweep.write_results(points, grid, str(tmp_path)).splitlines()
+    sweep.write_results(points, grid, str(tmp_path))
+    table = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     sd = statistics.stdev(tops["lr=0.001"])
     assert cells[2][:5] == [
@@ -270,9 +282,28 @@ def test_seeds_are_repetitions_and_missing_runs_are_told(tmp_path):
         assert picture.width > 1000
 
 
-def test_a_report_without_any_finished_run_says_so(tmp_path):
+def test_a_report_without_any_finished_run_says_so(tmp_path, capsys):
     points, grid = points_of(tmp_path, "seed=0,1")
-    assert "| all   | 0 of 2 | –" in sweep.write_results(points, grid, str(tmp_path))  # noqa: RUF001
+    sweep.write_results(points, grid, str(tmp_path))
+    assert "| all   | 0 of 2 | –" in capsys.readouterr().out  # noqa: RUF001
+
+
+def test_a_table_is_printed_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
+    points, grid = points_of(tmp_path, "seed=0,1")
+
+    def full(path, text):
+        raise StorageError(f"{path} cannot be written")
+
+    monkeypatch.setattr(sweep, "replace_text", full)
+    with pytest.raises(StorageError):
+        sweep.write_results(points, grid, str(tmp_path))
+    assert "0 of 2" in capsys.readouterr().out
+
+
+def test_a_report_of_no_run_at_all_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="runs holds none of the sweep's runs"):
+        run_main(tmp_path, monkeypatch, "--sweep=seed=0,1", "--report_only")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_deviation_is_that_of_a_sample():
@@ -371,3 +402,10 @@ def test_trainings_are_in_groups_of_their_own(tmp_path, monkeypatch):
     points, _ = points_of(tmp_path / "runs", "seed=0")
     sweep.train_all(points, 1)
     assert (points[0].folder / "train.log").read_text() == "True\n"
+
+
+def test_long_names_that_differ_at_their_ends_stay_apart():
+    names = [f"connector.mode={'x' * 90}-{i}" for i in range(3)]
+    figure = sweep_figure([Group(name, 1, [90.0]) for name in names], "title")
+    drawn = {text.get_text() for text in figure.texts if "…" in text.get_text()}
+    assert len(drawn) == 3

@@ -101,7 +101,7 @@ class Stopwatch:
 def say(message: str) -> None:
     """Prints a line at once, on process 0 only."""
     if jax.process_index() == 0:
-        print(message, flush=True)
+        print(f"{message}\n", end="", flush=True)  # at once, though threads print
 
 
 def duration(seconds: float) -> str:

@@ -44,12 +44,13 @@ def table(results: Sequence[Result]) -> str:
 def write_results(
     workdir: str, title: str, results: Sequence[Result], summary: dict[str, Any]
 ) -> None:
-    """Writes `results.md`, `results.json` and, of several resolutions, a figure."""
+    """Adds to `results.md` and `results.jsonl`, what other evaluations wrote.
+
+    Of several resolutions it draws `results.png`.
+    """
     folder = Path(workdir)
-    replace_text(folder / "results.md", f"{title}:\n\n{table(results)}\n")
-    replace_text(folder / "results.json", json.dumps(summary, indent=2) + "\n")
-    figure = folder / "results.png"
-    figure.unlink(missing_ok=True)  # that of another evaluation
+    _add(folder / "results.md", f"{title}:\n\n{table(results)}\n\n")
+    _add(folder / "results.jsonl", json.dumps(summary) + "\n")
     if len({result.resolution for result in results}) > 1:
         from sparx_jax import plots_results  # matplotlib takes a second
 
@@ -57,4 +58,10 @@ def write_results(
         for result in results:
             curve = curves.setdefault(result.dataset, {})
             curve[result.resolution] = result.top1
-        plots_results.write_resolutions(figure, curves, title)
+        plots_results.write_resolutions(folder / "results.png", curves, title)
+
+
+def _add(path, text):
+    there = path.read_text() if path.exists() else ""
+    if text not in there:  # as after an evaluation that was repeated
+        replace_text(path, there + text)

@@ -147,11 +147,16 @@ def test_the_table_has_a_row_for_a_set_and_a_column_for_a_resolution():
 
 def test_results_are_written(tmp_path):
     write_results(str(tmp_path), "a title", RESULTS[:2], {"top1": 1.5})
-    names = ["results.json", "results.md"]  # one resolution needs no picture
+    names = ["results.jsonl", "results.md"]  # one resolution needs no picture
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert json.loads((tmp_path / "results.json").read_text()) == {"top1": 1.5}
-    assert table(RESULTS[:2]) in (tmp_path / "results.md").read_text()
-    write_results(str(tmp_path), "a title", RESULTS, {})
+    for _ in range(2):  # repeated, it says nothing new
+        write_results(str(tmp_path), "a title", RESULTS, {"top1": 2.5})
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [{"top1": 1.5}, {"top1": 2.5}]
+    tables = (tmp_path / "results.md").read_text()
+    assert tables.count("a title:") == 2
+    assert table(RESULTS[:2]) in tables and table(RESULTS) in tables
+    write_results(str(tmp_path), "another", RESULTS[:1], {})  # leaves the picture
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.text == {"Title": "a title"} and picture.width == 1320
 
