@@ -458,11 +458,14 @@ def write_line(
     style = {"color": INK, "parse_math": False, **style}
     drawn = figure.text(x, y, text, va="baseline", **style)
     if width:
-        _cut(drawn, width * figure.dpi, 2 if keep_end else len(text))
+        _cut(drawn, width * figure.dpi, keep_end)
 
 
-def _cut(drawn, width, share):
-    """Where all is wider, what fits with an ellipsis; a `share`th of it from the end."""
+def _cut(drawn, width, keep_end=False):
+    """Leaves the longest beginning that fits, with an ellipsis, where all is wider.
+
+    With `keep_end` half of what is left is the end.
+    """
     full = drawn.get_text()
 
     def too_wide(text):
@@ -470,8 +473,11 @@ def _cut(drawn, width, share):
         return drawn.get_window_extent().width > width
 
     if too_wide(full):
-        ends = [(n - n // share, len(full) - n // share) for n in range(len(full))]
-        cuts = [f"{full[:head].rstrip()}…{full[tail:]}" for head, tail in ends]
+        ends = [n // 2 * keep_end for n in range(len(full))]
+        cuts = [
+            f"{full[: n - end].rstrip()}…{full[len(full) - end :]}"
+            for n, end in enumerate(ends)
+        ]
         drawn.set_text(cuts[max(0, bisect_left(cuts, True, key=too_wide) - 1)])
 
 

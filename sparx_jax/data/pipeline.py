@@ -7,10 +7,12 @@ bad does the run stop.  A worker process that dies is replaced at the same batch
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from multiprocessing import shared_memory
+from contextlib import suppress
+from multiprocessing import popen_spawn_posix, shared_memory, util
 from typing import Any
 
 import grain
@@ -244,11 +246,34 @@ def _start(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     dataset = batches.to_iter_dataset(options)
     if workers:
         flags.FLAGS.mark_as_parsed()  # Grain reads flags, which only absl.app parses
+        popen_spawn_posix.Popen, util.spawnv_passfds = _Popen, _spawn
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers),
             worker_init_fn=_die_with_parent,
         )
     return iter(dataset)
+
+
+class _Popen(popen_spawn_posix.Popen):
+    """A process that may die while it is sent its work: later that is noticed."""
+
+    def _launch(self, process):
+        with suppress(BrokenPipeError):
+            super()._launch(process)
+
+
+def _spawn(path, args, passfds, *, spawn=util.spawnv_passfds):
+    """Starts a process as Python does, and lets go of its end of their pipe.
+
+    Python would hold that while it writes there, and so wait forever for a process
+    that has died.
+    """
+    pid = spawn(path, args, passfds)
+    handle = re.search(r"pipe_handle=(\d+)", " ".join(map(os.fsdecode, args)))
+    if handle:  # not that of the resource tracker; Python will close what is there
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), int(handle[1]), inheritable=False)
+    return pid
 
 
 def _die_with_parent(worker_index: int, worker_count: int) -> None:

@@ -9,7 +9,9 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from multiprocessing import util
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from sparx_jax.data import eval_batches, train_batches
+from sparx_jax.data import eval_batches, pipeline, train_batches
 from sparx_jax.errors import BadDataError
 from tests.data.test_pipeline import DATA, Numbered, assert_equal, with_workers
 
@@ -233,6 +235,25 @@ def test_a_worker_that_dies_is_replaced_at_the_same_batch(caplog):
     assert "a data worker died (exit code -9)" in caplog.text
     batches.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_dies_while_it_starts_is_replaced(monkeypatch, caplog):
+    source = Numbered(16)
+    source.ballast = bytes(1_000_000)  # more than a pipe holds
+    starts, spawn = [], util.spawnv_passfds
+
+    def dead_at_first(path, args, passfds):
+        starts.append(path)
+        if len(starts) == 1:
+            path, args = b"/bin/false", [b"false", *args[1:]]
+        return spawn(path, args, passfds)
+
+    monkeypatch.setattr(
+        pipeline, "_spawn", partial(pipeline._spawn, spawn=dead_at_first)
+    )
+    batches = eval_batches(with_workers(1), source, batch_size=4)
+    assert_equal(list(batches), list(eval_batches(DATA, source, batch_size=4)))
+    assert len(starts) == 2 and "a data worker died" in caplog.text
 
 
 @pytest.mark.slow
