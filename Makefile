@@ -1,4 +1,4 @@
-# PYTHON makes the environment: 3.11 or 3.12.
+# PYTHON makes the environment: 3.11 to 3.13.
 PYTHON ?= $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 ENV := .venv
 RUN := $(ENV)/bin/python

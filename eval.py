@@ -7,6 +7,11 @@ python eval.py ... --datasets=val,real,v2,a,r --resolutions=224,384,512
 The sets are looked for in data.root; see sparx_jax/data/eval_sets.py.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports would answer with tracebacks
+
 from absl import flags
 
 from sparx_jax.errors import UserError

@@ -4,6 +4,11 @@ python train.py --config=configs/digits.py --workdir=runs/digits
 python train.py --config=configs/digits.py --workdir=runs/w --config.batch_size=32
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports would answer with tracebacks
+
 from absl import flags
 
 from sparx_jax.training import cli

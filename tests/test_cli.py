@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -200,6 +201,22 @@ def test_the_quickstart_reaches_its_accuracy(tmp_path):
     result = json.loads(evaluated.stdout.splitlines()[-1])
     assert result["examples"] == 360 and result["top1"] >= 97.5
     assert (tmp_path / "digits/report.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_ctrl_c_while_importing_is_no_traceback(program, tmp_path):
+    (tmp_path / "absl.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+    )
+    command = [sys.executable, f"{ROOT}/{program}.py"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    # Ignored in a shell's background, it would be so there too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
 
 
 @pytest.mark.parametrize("program", ["train", "eval"])

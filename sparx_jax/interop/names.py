@@ -2,6 +2,7 @@
 
 The tables know the authors' networks, VMamba's and timm's Swin; what only we have
 (SparX-Swin, a connector in a baseline) gets the names that follow from the same rows.
+Of Swin, Microsoft's names are read too.
 """
 
 import math
@@ -152,7 +153,7 @@ def from_torch(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> dict:
       UserError: the two do not match one to one, name by name and shape by shape, or
         a number is not finite.
     """
-    whose = skeleton(shapes)
+    whose, weights = skeleton(shapes), _timm_names(weights)
     names = {torch_name(path, whose): path for path in shapes}
     given = {name for name in map(str, weights) if not IGNORED.search(name)}
     missing, unknown = sorted(names.keys() - given), sorted(given - names.keys())
@@ -193,6 +194,20 @@ def to_torch(arrays: Arrays) -> dict[str, np.ndarray]:
         array = rearrange(np.asarray(array), f"{here} -> {there}")
         weights[torch_name(path, whose)] = np.ascontiguousarray(array)
     return weights
+
+
+def _timm_names(weights):
+    """Microsoft's Swin has each downsample in the stage before, and another head."""
+    if "layers.0.downsample.reduction.weight" not in weights:
+        return weights
+
+    def renamed(name):
+        stage, down, rest = name.partition(".downsample.")
+        if down:
+            return f"layers.{int(stage[-1]) + 1}{down}{rest}"
+        return re.sub(r"^head\.", "head.fc.", name)
+
+    return {renamed(name): array for name, array in weights.items()}
 
 
 def _fit_window(table, shape):

@@ -63,7 +63,7 @@ class _Tensor(NamedTuple):
 def read_torch_file(
     path: str | os.PathLike, key: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Reads the state dict of a `.pth`, `.pt`, `.pth.tar` or `.safetensors` file.
+    """Reads the state dict of a file that torch saved, or of a `.safetensors` file.
 
     Args:
       path: the file; all but safetensors in the zip format of torch >= 1.6.
@@ -73,9 +73,9 @@ def read_torch_file(
 
     Returns:
       Arrays by name, in the order of the file, with the shapes and dtypes as saved
-      (bfloat16 is that of ml_dtypes). A prefix of DataParallel or torch.compile that
-      all names share is cut off. Arrays of a zip file are read-only views, strided and
-      shared as saved.
+      (bfloat16 is that of ml_dtypes). A prefix of DataParallel, torch.compile or
+      Lightning that all names share is cut off. Arrays of a zip file are read-only
+      views, strided and shared as saved.
 
     Raises:
       UserError: the file is missing, damaged, of another format, without a state dict,
@@ -92,8 +92,8 @@ def read_torch_file(
     except Exception as error:  # the parsers of such bytes raise too many kinds
         problem = f"is cut short or damaged ({error or type(error).__name__})"
         _fail(path, problem, "download or copy it again", error)
-    # Of DataParallel, and of torch.compile inside or around it.
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+    # Of DataParallel, of torch.compile inside or around it, and Lightning's "model.".
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "model."):
         if all(name.startswith(prefix) for name in arrays):
             arrays = {name.removeprefix(prefix): a for name, a in arrays.items()}
     return arrays
@@ -112,9 +112,6 @@ def _read(path: Path, key: str | None) -> dict[str, np.ndarray]:
         if key is not None:
             _fail(path, f"has no entry {key!r}, only tensors", "leave out the key")
         return load_file(path)
-    if not path.name.lower().endswith((".pth", ".pt", ".pth.tar")):
-        remedy = "use a .pth, .pt, .pth.tar or .safetensors file"
-        _fail(path, "has an unknown extension", remedy)
     with path.open("rb") as file:
         start = file.read(8)
     if start.startswith(b"\x80"):  # a bare pickle

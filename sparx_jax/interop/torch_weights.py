@@ -20,12 +20,12 @@ def load_torch_weights(
     *,
     backbone_only: bool = False,
 ) -> None:
-    """Replaces all parameters and BatchNorm statistics of `model`.
+    """Replaces all parameters and BatchNorm statistics of `model`, where they lie.
 
     Args:
       model: a network whose torch counterpart saved the weights.
-      weights: a `.pth` or `.safetensors` file, read without running anything from it,
-        or arrays by torch name.
+      weights: a file of torch or `.safetensors`, read without running anything from
+        it, or arrays by torch name, for Swin timm's or Microsoft's.
       backbone_only: leaves the classifier and the norms of the output as they are, and
         those of `weights` aside: another number of classes or form of the network.
 
@@ -38,7 +38,7 @@ def load_torch_weights(
     variables = _variables(model)
     if backbone_only:
         whose = skeleton(variables)
-        names = tuple(torch_name(part, whose) for part in _HEADS)
+        names = "head.", *(torch_name(part, whose) for part in _HEADS)
         weights = {k: a for k, a in weights.items() if not k.startswith(names)}
         variables = {k: v for k, v in variables.items() if not k.startswith(_HEADS)}
     arrays = from_torch(weights, {path: v.shape for path, v in variables.items()})
@@ -47,7 +47,9 @@ def load_torch_weights(
               for path, v in variables.items()}  # fmt: skip
     for path, variable in variables.items():
         # device_put compiles nothing, unlike jnp.asarray, which does for each shape.
-        variable.set_value(jax.device_put(copies[path]))
+        old = variable.get_value()
+        where = old.sharding if getattr(old, "committed", False) else None
+        variable.set_value(jax.device_put(copies[path], where))
 
 
 def torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:

@@ -56,8 +56,8 @@ class SS2D(nnx.Module):
         self.out_proj = pointwise(d, dim, **make)
         self.scan_method = scan_method
 
-    @staticmethod
-    def input_dim(dim: int, inner_ratio: int) -> int:
+    @classmethod  # nnx.tabulate would leave a static method broken
+    def input_dim(cls, dim: int, inner_ratio: int) -> int:
         """Channels of the projected map."""
         return inner_ratio * dim
 

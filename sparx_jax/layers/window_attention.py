@@ -46,8 +46,8 @@ class WindowAttention(nnx.Module):
         self.position_bias = nnx.Param(bias_table)
         self.out_proj = pointwise(dim, dim, bias=bias, dtype=dtype, rngs=rngs)
 
-    @staticmethod
-    def input_dim(dim: int) -> int:
+    @classmethod  # nnx.tabulate would leave a static method broken
+    def input_dim(cls, dim: int) -> int:
         """Channels of the projected map."""
         return 3 * dim
 

@@ -173,13 +173,17 @@ def _forward(method):
     def call(self, images, *, key=None):
         images = jnp.asarray(images)
         _check(images, self.config.in_channels)
-        traced = isinstance(images, jax.core.Tracer) or any(
+        captured = hasattr(self, "__captures__")  # by nnx.capture
+        traced = captured or any(
             isinstance(leaf, jax.core.Tracer)
-            for leaf in jax.tree.leaves(nnx.state(self))
+            for leaf in (images, *jax.tree.leaves(nnx.state(self)))
         )
         if traced or _trains(self) or jax.config.jax_disable_jit:
             return method(self, images, key=key)
-        return _run(*nnx.split(self), name, images)
+        result, written = _run(*nnx.split(self), name, images)
+        if written:
+            nnx.update(self, written)
+        return result
 
     return call
 
@@ -213,7 +217,10 @@ def _check(images, channels):
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _run(graphdef, state, method, images):
-    return getattr(nnx.merge(graphdef, state), method)(images)
+    model = nnx.merge(graphdef, state)
+    result = getattr(model, method)(images)
+    # Ours write nothing in evaluation, but a part that somebody added may.
+    return result, nnx.state(model, nnx.Not((nnx.Param, nnx.BatchStat)))
 
 
 class Backbone(nnx.Module):

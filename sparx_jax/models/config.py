@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from sparx_jax.checks import check_types, require
 from sparx_jax.errors import UserError
 from sparx_jax.layers.aggregator import Fusion
@@ -177,6 +179,8 @@ def _replace(config, overrides, prefix):
             value = _replace(old, value, prefix=f"{name}.")
         elif isinstance(value, list):
             value = tuple(value)
+        elif isinstance(value, np.generic):
+            value = value.item()
         changes[name] = value
     return dataclasses.replace(config, **changes)
 

@@ -168,7 +168,7 @@ class StopRequest:
     """
 
     def __init__(self):
-        self._received = False
+        self._received, self._before = False, signal.getsignal(signal.SIGINT)
         self._anywhere = None
 
     def poll(self) -> bool:
@@ -186,7 +186,7 @@ class StopRequest:
         del frame
         self._received = True
         if number == signal.SIGINT:  # the next one ends the process
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _any(flag: bool) -> jax.Array:

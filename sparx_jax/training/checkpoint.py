@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,14 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
+def _while_others_delete(function):
+    """Its result, though a step that it looks at may vanish: training goes on."""
+    for _ in range(3):
+        with contextlib.suppress(FileNotFoundError):
+            return function()
+    return function()
+
+
 @functools.cache
 def _silence_what_is_abandoned():
     """Where one array fails, Orbax abandons the others: each would show a traceback."""
@@ -83,7 +91,8 @@ class Checkpoints:
         self.path = Path(workdir).absolute() / "checkpoints"
         if read_only and not self.path.is_dir():
             raise UserError(
-                f"{workdir} holds no checkpoints: give the --workdir of a training run."
+                f"{workdir} holds no checkpoints: give the folder of a training run; a "
+                "bucket has to be mounted."
             )
 
         def top1(metrics):
@@ -102,16 +111,15 @@ class Checkpoints:
         if not read_only:
             self._put_back()
         with self._storage_errors():
-            self._manager = _Manager(
-                self.path,
-                item_names=ITEMS,
-                options=ocp.CheckpointManagerOptions(
-                    best_fn=top1,  # without it Orbax knows no best step
-                    best_mode="max",
-                    read_only=read_only,
-                    preservation_policy=None if read_only else keep,
-                    cleanup_tmp_directories=not read_only,
-                ),
+            options = ocp.CheckpointManagerOptions(
+                best_fn=top1,  # without it Orbax knows no best step
+                best_mode="max",
+                read_only=read_only,
+                preservation_policy=None if read_only else keep,
+                cleanup_tmp_directories=not read_only,
+            )
+            self._manager = _while_others_delete(
+                lambda: _Manager(self.path, item_names=ITEMS, options=options)
             )
         # Each process reads by itself: the manager's restore would leave the others
         # waiting for one that fails.
@@ -189,7 +197,7 @@ class Checkpoints:
 
         Raises UserError if there is none.
         """
-        self._manager.reload()  # a training beside this may have saved
+        _while_others_delete(self._manager.reload)  # a training beside this may save
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise UserError(f"{self.path} holds no complete checkpoint: train first.")
@@ -203,6 +211,23 @@ class Checkpoints:
                 f"one of {', '.join(map(str, steps))}."
             )
         return int(which)
+
+    def read(self, which: str, function: Callable[[int], Any]) -> Any:
+        """`function` of the step that `which` stands for, see `find`.
+
+        Where that is damaged it may just be deleted by a training beside this, and then
+        "best" and "latest" soon stand for another.
+        """
+        failed = None
+        while True:
+            step = self.find(which)
+            try:
+                return function(step)
+            except DamagedError:
+                if which.isdecimal() or step == failed:
+                    raise
+            failed = step
+            time.sleep(1)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON object of a step.  Raises DamagedError."""
@@ -267,10 +292,6 @@ class Checkpoints:
         item = "params" if kind == "raw" else "ema"
         restored = self._restore(step, {item: _as_item(like)}, model)
         return kind, _from_item(restored[item], like)
-
-    def holds(self, step: int) -> bool:
-        """Whether the step is there now."""
-        return (self.path / str(step)).is_dir()
 
     def close(self) -> None:
         """Waits for the write in progress and frees all resources.

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -218,5 +218,6 @@ def _check(values, is_whole):
 def _fail(error: UserError) -> NoReturn:
     message = " ".join(str(error).split())
     label = "" if isinstance(error, Preempted) else "error: "
-    print(f"{label}{message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the log may be on the disk that is full
+        print(f"{label}{message}", file=sys.stderr, flush=True)
     processes.end(error.exit_code)

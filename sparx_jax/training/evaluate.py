@@ -26,7 +26,7 @@ from sparx_jax.data import (
     open_eval_set,
     too_many_unreadable,
 )
-from sparx_jax.errors import DamagedError, UserError
+from sparx_jax.errors import UserError
 from sparx_jax.parallel import put_batch, state_shardings
 from sparx_jax.parallel.processes import together
 from sparx_jax.training import state as states
@@ -157,8 +157,8 @@ def evaluate_checkpoint(
         config, _, source, mesh = together(lambda: prepare(settings, training=False))
         network, like = states.split(models.build(config.model, config.seed))
         like = jax.device_put(like, state_shardings(like, mesh))
-        number, weights, restored = _restore(
-            checkpoints, step, weights, config, source, like
+        number, weights, restored = checkpoints.read(
+            step, lambda n: _restore(checkpoints, n, weights, config, source, like)
         )
     sizes = resolutions or (config.data.image_size,)
     configs = [_at_resolution(config, size) for size in sizes]
@@ -196,29 +196,19 @@ def evaluate_checkpoint(
 
 def _restore(checkpoints, step, weights, config, source, like):
     """Number of the step, kind of the weights, and the weights themselves."""
-    while True:
-        number = checkpoints.find(step)
-        try:
-            meta = checkpoints.meta(number)
-            if other := other_class(meta, source.class_names):
-                raise UserError(
-                    f"step {number} of {checkpoints.path.parent} was trained on other "
-                    f"classes, {other}: give the data set of the same classes, the "
-                    "folders by the same names."
-                )
-            settings = as_dict(config)
-            kind, restored = checkpoints.restore_weights(
-                number, weights, like, settings["model"]
-            )
-        except DamagedError:
-            # Training goes on, and a newer step took its place since.
-            if step.isdecimal() or checkpoints.holds(number):
-                raise
-            continue
-        differing = changes(meta["config"], settings)
-        if texts := [differing[key] for key in _IMAGE_SETTINGS if key in differing]:
-            say(f"images are prepared otherwise than in training: {'; '.join(texts)}")
-        return number, kind, restored
+    meta = checkpoints.meta(step)
+    if other := other_class(meta, source.class_names):
+        raise UserError(
+            f"step {step} of {checkpoints.path.parent} was trained on other classes, "
+            f"{other}: give the data set of the same classes, the folders by the same "
+            "names."
+        )
+    settings = as_dict(config)
+    kind, restored = checkpoints.restore_weights(step, weights, like, settings["model"])
+    differing = changes(meta["config"], settings)
+    if texts := [differing[key] for key in _IMAGE_SETTINGS if key in differing]:
+        say(f"images are prepared otherwise than in training: {'; '.join(texts)}")
+    return step, kind, restored
 
 
 def evaluate_sets(

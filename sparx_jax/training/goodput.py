@@ -33,11 +33,14 @@ class Goodput(Stopwatch):
         super().__init__()
         self.seconds |= dict.fromkeys(ACTIVITIES, 0.0)
         self._path = Path(workdir) / "goodput.json"
-        self._sessions = read_sessions(workdir)
         self._session: dict[str, Any] = {"started": time.strftime("%FT%T%z")}
 
     def start(self, step: int) -> str:
-        """Notes the step that the session starts from; tells what a restart lost."""
+        """Notes the step that the session starts from; tells what a restart lost.
+
+        No other session may be under way.
+        """
+        self._sessions = read_sessions(self._path.parent)
         lost = max(0, self._sessions[-1]["to_step"] - step) if self._sessions else 0
         self._session |= {
             "from_step": step,
@@ -81,7 +84,7 @@ def summary(sessions: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def read_sessions(workdir: str) -> list[dict[str, Any]]:
+def read_sessions(workdir: str | Path) -> list[dict[str, Any]]:
     """The sessions of a run so far; none if the file cannot be read."""
     try:
         sessions = json.loads((Path(workdir) / "goodput.json").read_text())["sessions"]

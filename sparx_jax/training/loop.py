@@ -305,9 +305,15 @@ class _Profiler:
         return last
 
     def stop(self, step):
-        if self._on:
+        if not self._on:
+            return
+        self._on = False
+        try:
             jax.profiler.stop_trace()
-            self._on = False
+        except jax.errors.JaxRuntimeError as error:  # no reason to lose a run
+            reason = str(error).splitlines()[0]
+            say(f"steps {self._first} to {step} are not recorded: {reason}")
+        else:
             say(f"steps {self._first} to {step} are recorded in {self._path}")
 
 

@@ -59,15 +59,19 @@ def restore_run(
 ) -> Restored:
     """As `load_run`, taken apart; all arrays get `sharding`."""
     with closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        number = checkpoints.find(step)
-        meta = checkpoints.meta(number)
-        config = meta["config"]
-        model = models.model_config(config["model_name"], **config["model"])
-        network, like = states.split(nnx.eval_shape(lambda: models.build(model, 0)))
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-        )
-        kind, restored = checkpoints.restore_weights(
-            number, weights, like, config["model"]
-        )
-    return Restored(network, restored, kind, number, meta)
+
+        def restored(number):
+            meta = checkpoints.meta(number)
+            config = meta["config"]
+            model = models.model_config(config["model_name"], **config["model"])
+            network, like = states.split(nnx.eval_shape(lambda: models.build(model, 0)))
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                like,
+            )
+            kind, found = checkpoints.restore_weights(
+                number, weights, like, config["model"]
+            )
+            return Restored(network, found, kind, number, meta)
+
+        return checkpoints.read(step, restored)

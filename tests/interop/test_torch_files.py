@@ -137,7 +137,7 @@ def pth(tmp_path):
     return tmp_path / "weights.pth"
 
 
-@pytest.mark.parametrize("extension", ["pth", "pt", "pth.tar"])
+@pytest.mark.parametrize("extension", ["pth", "pt", "pth.tar", "bin", "ckpt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_dtype_is_read_as_saved(kind, extension, tmp_path):
     saved = np.array([[0, 1, 2], [3, 100, 5]]).astype(KINDS[kind])
@@ -244,6 +244,7 @@ def test_a_module_prefix_is_cut_off_only_if_all_names_have_it(tmp_path):
         assert names(extension, *both, "c") == {*both, "c"}
         for name in ("_orig_mod.a", "module._orig_mod.a", "_orig_mod.module.a"):
             assert names(extension, name) == {"a"}  # of torch.compile
+    assert names(".ckpt", "model.a", "model.model.b") == {"a", "model.b"}
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -379,7 +380,7 @@ def test_other_files_are_told_apart(tmp_path, pth):
     assert "no torch file (it starts with b'<!DOCTYP')" in refusal(pth)
     other = tmp_path / "weights.h5"
     other.touch()
-    assert "extension" in refusal(other)
+    assert "no torch file" in refusal(other)
     buffer = io.BytesIO()
     np.savez(buffer, x=WEIGHTS)
     pth.write_bytes(buffer.getvalue())

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sparx_jax.errors import UserError
+from sparx_jax.interop import load_torch_weights, torch_state_dict
 from sparx_jax.layers.aggregator import Fusion
 from sparx_jax.models import TOTAL_STRIDE, Backbone, backbone, create_model
 
@@ -462,6 +463,57 @@ def test_where_jit_is_off_the_network_does_not_compile_itself(
     monkeypatch.setattr(type(model.stem), "__call__", reached)
     with jax.disable_jit(), pytest.raises(InterruptedError):
         model(images)
+
+
+class Counting(nnx.Module):
+    """A head of somebody else, which remembers."""
+
+    def __init__(self):
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return x
+
+
+def test_what_a_part_writes_is_kept(model, images):
+    model = nnx.clone(model)
+    model.head = Counting()
+    model(images), model(images)
+    assert model.head.calls[...] == 2
+
+
+class Showing(nnx.Module):
+    """A head of somebody else, which shows what it sees."""
+
+    def __call__(self, x):
+        self.sow(nnx.Intermediate, "seen", x)
+        return x
+
+
+def test_intermediates_are_captured(images):
+    model = build(depths=(1,) * 4)
+    model.head = Showing()
+    result, captured = nnx.capture(model, nnx.Intermediate)(images)
+    np.testing.assert_array_equal(captured["head"]["seen"][0], result)
+
+
+@pytest.mark.parametrize("name", ["sparx_mamba_nano", "swin_t"])
+def test_models_are_made_after_one_was_tabulated(name):
+    make = partial(create_model, name, depths=(1,) * 4, dims=(8,) * 4, head_dim=4)
+    nnx.tabulate(make(), jnp.zeros((1, 32, 32, 3)))
+    nnx.eval_shape(make)
+
+
+def test_loaded_weights_lie_where_the_model_lay():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    model = build(depths=(1,) * 4)
+    arrays = torch_state_dict(model)
+    split = NamedSharding(mesh, PartitionSpec(None, "x"))
+    model.head.kernel.set_value(jax.device_put(model.head.kernel[...], split))
+    load_torch_weights(model, arrays)
+    assert model.head.kernel[...].sharding == split
+    assert not model.head.bias[...].committed
 
 
 def test_train_and_eval_switch_back_and_forth(model, images, logits):

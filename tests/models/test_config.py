@@ -130,6 +130,11 @@ def test_an_unknown_setting_is_told_with_the_known_ones(wrong, listed):
         ModelConfig(**BASE).replace(**wrong)
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = ModelConfig(**BASE).replace(num_classes=np.int64(3))
+    assert type(config.num_classes) is int and config.num_classes == 3
+
+
 def test_lists_are_taken_for_tuples():
     """Configuration files and command lines give lists."""
     config = ModelConfig(**BASE).replace(

@@ -189,6 +189,31 @@ def test_torch_names_lead_back_to_the_same_arrays(name):
         np.testing.assert_array_equal(returned[path], array, err_msg=path)
 
 
+@pytest.mark.parametrize("backbone_only", [False, True])
+def test_swin_is_read_under_the_names_of_its_first_authors(backbone_only):
+    """timm made its names of theirs by this rule; the arrays are the same."""
+    config = thin("swin_t")
+    given = torch_state_dict(Backbone(config, rngs=nnx.Rngs(1)))
+    names = {
+        "layers.1.downsample.": "layers.0.downsample.",
+        "layers.2.downsample.": "layers.1.downsample.",
+        "layers.3.downsample.": "layers.2.downsample.",
+        "head.fc.": "head.",
+    }
+    theirs = given
+    for name, other in names.items():
+        theirs = {key.replace(name, other): array for key, array in theirs.items()}
+    assert theirs.keys() != given.keys()
+    theirs["layers.0.blocks.1.attn_mask"] = np.zeros(3)
+    model = Backbone(config, rngs=nnx.Rngs(2))
+    head = np.asarray(model.head.kernel)
+    load_torch_weights(model, theirs, backbone_only=backbone_only)
+    for name, array in torch_state_dict(model).items():
+        if not (backbone_only and name.startswith(("head", "norm."))):
+            np.testing.assert_array_equal(array, given[name], err_msg=name)
+    assert np.array_equal(head, model.head.kernel) == backbone_only
+
+
 @families
 @pytest.mark.parametrize(
     "form",

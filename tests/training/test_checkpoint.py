@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 
 from sparx_jax.data.sources import DigitsSource
 from sparx_jax.errors import BusyError, DamagedError, StorageError, UserError
-from sparx_jax.training import loop
+from sparx_jax.training import checkpoint, loop
 from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import as_dict
@@ -369,6 +370,57 @@ def test_the_best_is_the_latest_before_the_first_evaluation_and_new_ones_are_fou
             assert reader.find("best") == reader.find("latest") == 2
 
 
+@pytest.mark.parametrize("which, read", [("latest", [1, 2]), ("1", [1])])
+def test_a_step_that_training_deletes_meanwhile_is_read_no_more(
+    run, tmp_path, monkeypatch, which, read
+):
+    """Orbax's list has it until all its files are gone."""
+    monkeypatch.setattr(time, "sleep", lambda _: saved(writer, run, 2))
+    tried = []
+
+    def attempt(step):
+        tried.append(step)
+        if step == 1:
+            raise DamagedError("deleted")
+        return step
+
+    with contextlib.closing(Checkpoints(str(tmp_path))) as writer:
+        saved(writer, run, 1)
+        reader = contextlib.closing(Checkpoints(str(tmp_path), read_only=True))
+        with reader as checkpoints, contextlib.suppress(DamagedError):
+            assert checkpoints.read(which, attempt) == 2
+    assert tried == read
+
+
+def test_a_damaged_step_is_tried_twice(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    tried = []
+
+    def attempt(step):
+        tried.append(step)
+        raise DamagedError("a bit flipped")
+
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        saved(checkpoints, run, 1)
+        with pytest.raises(DamagedError, match="flipped"):
+            checkpoints.read("best", attempt)
+    assert tried == [1, 1]
+
+
+def test_a_list_of_steps_is_made_again_where_one_vanishes(tmp_path, monkeypatch):
+    manager, calls = checkpoint._Manager, []
+
+    def vanishing(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise FileNotFoundError("checkpoints/71")
+        return manager(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "_Manager", vanishing)
+    Checkpoints(str(tmp_path)).close()
+    assert len(calls) == 2
+
+
 def test_what_was_replaced_gives_way_to_a_complete_successor(run, tmp_path):
     """A run that was killed after the save, before the old one was removed."""
     with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
@@ -404,4 +456,4 @@ def test_a_write_that_fails_leaves_the_old_text(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(StorageError):
         patch.setattr(workdirs.os, "replace", refuse)
         workdirs.replace_text(path, "new")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

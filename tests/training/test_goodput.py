@@ -35,14 +35,13 @@ def test_goodput_is_the_share_of_steps_that_were_not_lost():
 
 
 def test_every_second_is_counted_once_and_restarts_are_remembered(tmp_path):
-    first = Goodput(str(tmp_path))
+    first, second = Goodput(str(tmp_path)), Goodput(str(tmp_path))  # which waits
     begin = first._last
     assert first.start(0) == ""
     for activity in ("steps", "data", "steps", "checkpoints"):
         first.lap(activity)
     first.write(30)
     assert sum(first.seconds.values()) == pytest.approx(first._last - begin)
-    second = Goodput(str(tmp_path))
     assert second.start(20) == "10 steps were lost with the last session"
     second.write(40)
     kept = [(s["from_step"], s["to_step"]) for s in read_sessions(str(tmp_path))]

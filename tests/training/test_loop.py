@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.profiler import _profile_state as profiler_state
 from tensorboardX.proto.event_pb2 import Event
 
 from sparx_jax import sweep
@@ -360,6 +361,17 @@ def test_a_save_that_fails_at_the_end_hides_no_earlier_error(
     monkeypatch.setattr(loop, "_train", train)
     with pytest.raises(type(first) if first else StorageError):
         loop.train(tiny_settings(), str(tmp_path))
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, capsys):
+    (tmp_path / "profile").touch()
+    profiler = loop._Profiler((1, 2), str(tmp_path))
+    profiler.before(1)
+    profiler.stop(1)
+    assert "steps 1 to 1 are not recorded: " in capsys.readouterr().out
+    profiler.stop(1)
+    assert capsys.readouterr().out == ""
+    profiler_state.reset()  # for other tests; a run has one profile
 
 
 def test_a_run_that_goes_on_records_what_is_left_of_a_profile(tmp_path, capsys):
