@@ -219,6 +219,7 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[Batch]:
         prepared = _start(batches[position:], workers)
         try:
             for batch in prepared:
+                _unlink(batch)
                 yield batch
                 position += 1
             return
@@ -236,6 +237,17 @@ def _read_ahead(batches: grain.MapDataset, workers: int) -> Iterator[Batch]:
             logging.error("a data worker died (exit code %s): restarting", exit_code)
         finally:
             prepared.close()
+
+
+def _unlink(batch):
+    """Takes away the names of its shared memory, which lasts as long as its arrays.
+
+    Or what a program still holds at its end would be told as leaked.
+    """
+    for array in batch.values():
+        if shm := getattr(array, "shm", None):
+            shm.unlink()
+            array._unlink_on_del = False
 
 
 def _start(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
