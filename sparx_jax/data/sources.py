@@ -119,10 +119,11 @@ class FolderSource:
             files += map(os.fsencode, class_files)
             labels += [label_of[name]] * len(class_files)
         if others:
-            some = ", ".join(sorted(others)[:3])
+            kinds, some = ", ".join(IMAGE_SUFFIXES), ", ".join(sorted(others)[:3])
             logging.error(
-                "left out, as no image of a class: %d such as %s", len(others), some
-            )
+                "left out, as not in a class folder or not of %s: %d such as %s",
+                kinds, len(others), some,
+            )  # fmt: skip
         # Fixed-width bytes: ImageNet's 1.28 million names become one array of 36 MB.
         self._files, self.labels = np.array(files), np.array(labels, np.int32)
 

@@ -202,9 +202,8 @@ def _timm_names(weights):
         return weights
 
     def renamed(name):
-        stage, down, rest = name.partition(".downsample.")
-        if down:
-            return f"layers.{int(stage[-1]) + 1}{down}{rest}"
+        if found := re.match(r"layers\.(\d)\.(downsample\..*)", name):
+            return f"layers.{int(found[1]) + 1}.{found[2]}"
         return re.sub(r"^head\.", "head.fc.", name)
 
     return {renamed(name): array for name, array in weights.items()}
