@@ -274,6 +274,16 @@ def _size(text):
     return int(sides[0]), int(sides[-1])
 
 
+def _write_wiring(path, configs):
+    try:
+        plots.write_wiring(path, configs)
+    except OSError as error:
+        raise UserError(
+            f"--plot={path} cannot be written ({error.strerror or error}): give a file "
+            "in a folder that is there and may be written."
+        ) from error
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}.")
@@ -299,10 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = options.words[len(pattern) :]
         configs = select(*(pattern or ["*"]), settings)
         if options.plot:
-            plots.write_wiring(options.plot, configs)
+            _write_wiring(options.plot, configs)
         layout = dict(batch=options.batch, markdown=options.markdown)
         print(table(configs, size=options.image_size, **layout))
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(os.EX_CONFIG) from None
 

@@ -47,7 +47,7 @@ BAD_INPUT = {
     "argument for a config that takes none": (
         "train",
         "--config=configs/digits.py:t",
-        "error: bad configuration: TypeError: get_config() takes 0",
+        "error: get_config() of the config file takes no argument: leave out",
     ),
     "config file with an error": ("train", "--config=DATA/config.py", "SyntaxError"),
     "config file with a typo": (

@@ -268,7 +268,7 @@ def test_the_command_prints_the_table_and_draws_the_wiring(tmp_path, capsys):
         ("--batch 0", "--batch=0 must be"),
         ("--batch many", "--batch"),
         ("--plt a.png", "--plt"),
-        ("sparx_mamba_nano --plot /nowhere/a.png", "/nowhere"),
+        ("sparx_mamba_nano --plot /nowhere/a.png", "--plot=/nowhere/a.png cannot"),
         ("sparx_mamba_nano --plot .", "--plot='.' must be a file that ends in .png"),
     ],
 )

@@ -16,8 +16,8 @@ class MetricsLog:
     """`metrics.jsonl` in the work folder: one JSON object a line, each with `step`.
 
     Written by process 0 only.  Opening it drops what a killed run wrote after
-    `start_step`, or of the evaluation then if that is still to be done (`unevaluated`),
-    and a torn last line, so that no step is given twice.
+    `start_step`, and a torn last line; of the evaluation then, what counts is
+    `evaluated`, the record in the checkpoint, None if it is still to be done.
     """
 
     def __init__(
@@ -25,16 +25,20 @@ class MetricsLog:
         workdir: str,
         *,
         start_step: int,
-        unevaluated: bool = False,
+        evaluated: dict[str, Any] | None = None,
         tensorboard: bool = False,
     ):
         self._path = self._board = None
         if jax.process_index() != 0:
             return
         self._path = Path(workdir) / "metrics.jsonl"
-        kept = [r for r in read_metrics(workdir) if r["step"] <= start_step]
-        if unevaluated:
-            kept = [r for r in kept if r["step"] < start_step or "top1" not in r]
+        kept = [
+            record
+            for record in read_metrics(workdir)
+            if record["step"] < start_step
+            or (record["step"] == start_step and "top1" not in record)
+        ]
+        kept += [without_nan(evaluated)] if evaluated else []
         replace_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         if tensorboard:
             from tensorboardX import SummaryWriter

@@ -108,7 +108,7 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     if restored := checkpoints.restore_latest(state, settings["model"]):
         state = restored
     start = int(state.step)
-    unevaluated = False
+    evaluated, unevaluated = None, False
     if start:
         meta = checkpoints.meta(start)
         differing = changes_of_run(meta["config"], settings)
@@ -118,9 +118,17 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         if saved not in (None, examples):
             differing.append(f"{saved:,} training images there, {examples:,} here")
         _check_config(differing, start, allow_config_change)
-        unevaluated = lengths.is_eval(start) and meta["metrics"] is None
+        evaluated = meta["metrics"]
+        unevaluated = lengths.is_eval(start) and evaluated is None
     else:
         state = start_from(config.init_from, state, train_source.class_names)
+    # After the checks: a refused run leaves all as it was.
+    log = MetricsLog(
+        workdir,
+        start_step=start,
+        evaluated=evaluated,
+        tensorboard=config.tensorboard,
+    )
     if start >= lengths.total_steps and not unevaluated:
         say(
             f"nothing to do: {workdir} has reached step {start:,}; eval.py draws "
@@ -128,7 +136,6 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
         )
         return
 
-    # After the checks: a refused run leaves no config.json.
     workdirs.write_config(workdir, config, num_params)
     lost = goodput.start(start)
     trained = f" ({num_trained:,} trained)" if num_trained < num_params else ""
@@ -144,12 +151,6 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     goodput.write(start)  # a session counts even if it is killed at once
     train_step = compile_train_step(network, config, optimizer, schedule, state, mesh)
     eval_step = compile_eval_step(network, config, state.weights, mesh)
-    log = MetricsLog(
-        workdir,
-        start_step=start,
-        unevaluated=unevaluated,
-        tensorboard=config.tensorboard,
-    )
     batches = train_batches(
         config.data,
         train_source,

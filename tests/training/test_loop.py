@@ -121,8 +121,13 @@ def test_the_best_and_the_two_latest_checkpoints_are_kept(finished):
 
 
 def test_a_finished_run_says_that_there_is_nothing_to_do(finished, capsys):
+    """And takes a last evaluation that a power cut has torn from its checkpoint."""
+    metrics = Path(finished) / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole[:-9])
     loop.train(tiny_settings(), finished)
     assert "nothing to do" in capsys.readouterr().out
+    assert metrics.read_bytes() == whole
 
 
 def test_evaluation_of_a_checkpoint_equals_what_training_measured(finished, capsys):
@@ -390,7 +395,9 @@ def test_tensorboard_holds_the_metrics_that_a_run_goes_on_from(tmp_path):
     log = MetricsLog(str(tmp_path), start_step=0)
     for record in records:
         log.write(record)
-    log = MetricsLog(str(tmp_path), start_step=4, tensorboard=True)
+    log = MetricsLog(
+        str(tmp_path), start_step=4, evaluated=records[1], tensorboard=True
+    )
     log.write({"step": 5, "top1": 5.0})
     log._board.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -406,9 +413,9 @@ def test_an_evaluation_that_is_repeated_stands_in_the_metrics_once(tmp_path):
     log = MetricsLog(str(tmp_path), start_step=0)
     for record in ({"step": 4, "train_loss": 1.0}, {"step": 4, "top1": 9.0}):
         log.write(record)
-    MetricsLog(str(tmp_path), start_step=4)
+    MetricsLog(str(tmp_path), start_step=4, evaluated={"step": 4, "top1": 9.0})
     assert len(read_metrics(str(tmp_path))) == 2
-    MetricsLog(str(tmp_path), start_step=4, unevaluated=True)
+    MetricsLog(str(tmp_path), start_step=4)
     assert read_metrics(str(tmp_path)) == [{"step": 4, "train_loss": 1.0}]
 
 
