@@ -200,7 +200,10 @@ class Checkpoints:
         _while_others_delete(self._manager.reload)  # a training beside this may save
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise UserError(f"{self.path} holds no complete checkpoint: train first.")
+            raise UserError(
+                f"{self.path} holds no complete checkpoint: train first, or wait for "
+                "the first save."
+            )
         if which == "latest":
             return steps[-1]
         if which == "best":

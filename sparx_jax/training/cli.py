@@ -161,8 +161,8 @@ def _one_sentence(argv):
         text = str(error).strip()
         if "get_config() takes 0 positional arguments" in text:
             text = (
-                "get_config() of the config file takes no argument: leave out the colon "
-                "and what follows it, or --sweep variant=..."
+                "get_config() of the config file takes no argument: leave out the "
+                "colon and what follows it, or --sweep variant=..."
             )
         elif "Traceback" in text:  # of get_config; its last line says what was wrong
             text = f"bad configuration: {text.splitlines()[-1]}"
