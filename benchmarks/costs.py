@@ -78,7 +78,8 @@ def main() -> None:
         mark = "  changed" if name in different else ""
         print(f"{name:32}{cost:16,.2f}{record.get(name, float('nan')):16,.2f}{mark}")
     if args.write:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n")
+        record = {"jax": jax.__version__} | found
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
     elif different:
         sys.exit(1)
 

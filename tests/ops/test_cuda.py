@@ -18,8 +18,9 @@ import pytest
 from sparx_jax.errors import UserError
 from sparx_jax.ops import cuda
 from sparx_jax.ops.ss2d import aligned
+from tests.gpus import H100
 
-H100, RTX = "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
+RTX = "NVIDIA GeForce RTX 4090"
 HERE = Path(__file__).parent
 # pictures, height, width, channels, rank
 SHAPES = [

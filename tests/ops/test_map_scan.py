@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
 
 from sparx_jax.ops import batch_on, loop, mosaic_tpu, ss2d
 from sparx_jax.parallel import make_mesh
+from tests.gpus import H100, named
 
 # As in test_scan.py; bfloat16 here rounds the step sizes of the oracle too.
 TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}
@@ -181,16 +181,6 @@ def test_unknown_methods_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=r"'fast' is none of .*sequential.*loop"):
         ss2d(*operands(1, 2, 2, 4, 1, 1, "float32"), method="fast")
-
-
-H100 = "NVIDIA H100 80GB HBM3"
-
-
-def named(kind):
-    """As `batch_on` names a GPU; from JAX 0.12 on Triton's lowering needs it, too."""
-    device = AbstractDevice(kind, None, "gpu")
-    mesh = AbstractMesh((1,), ("data",), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

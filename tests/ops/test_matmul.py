@@ -18,14 +18,16 @@ def test_values_and_gradients_are_those_of_jax(pixels, dtype, dim, out_dim):
     """Also where CPU rows are wider than asked for: of whole half pages."""
     x = jnp.asarray(X[..., :dim].reshape(*pixels, dim), dtype)
     kernel = jnp.asarray(KERNEL[:dim, :out_dim], dtype)
-    (y, vjp), (expected, reference) = (
-        jax.vjp(function, x, kernel) for function in (matmul, jnp.matmul)
-    )
-    for got, want in zip((y, *vjp(y)), (expected, *reference(y)), strict=True):
-        assert got.dtype == want.dtype == dtype
-        limit = 2e-6 if dtype == "float32" else 1e-2
-        error = np.abs(np.asarray(got - want, np.float32)).max()
-        assert error <= limit * np.abs(np.asarray(want, np.float32)).max()
+    y, vjp = jax.vjp(matmul, x, kernel)
+    # In float32, as JAX 0.12 rounds sums of bfloat16 on the way.
+    wide = (t.astype(jnp.float32) for t in (x, kernel))
+    expected, reference = jax.vjp(jnp.matmul, *wide)
+    wanted = expected, *reference(y.astype(jnp.float32))
+    for got, want in zip((y, *vjp(y)), wanted, strict=True):
+        assert got.dtype == dtype and got.shape == want.shape
+        limit = 2e-6 if dtype == "float32" else 4e-3
+        error = np.abs(np.asarray(got, np.float32) - want).max()
+        assert error <= limit * np.abs(want).max()
 
 
 def test_gradients_of_two_dtypes_and_of_no_pixels():
