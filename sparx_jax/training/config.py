@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
@@ -19,6 +20,33 @@ _FREE_SETTINGS = (
     r"eval_batch_size|eval_every_epochs|log_every_steps|checkpoint_every_steps|"
     r"max_skipped_steps|profile_steps"
 )
+# What a setting must be by itself: names, the test, and what it is called.
+_CONSTRAINTS = (
+    ("train_epochs batch_size eval_batch_size log_every_steps eval_every_epochs "
+     "accumulation_steps optimizer.lr optimizer.eps", lambda v: v > 0, "positive"),
+    ("cooldown_epochs checkpoint_every_steps max_skipped_steps optimizer.warmup_lr "
+     "optimizer.min_lr optimizer.warmup_epochs optimizer.weight_decay "
+     "data.crop_padding data.workers", lambda v: v >= 0, "at least 0"),
+    ("mixing.mixup mixing.cutmix optimizer.clip_norm",
+     lambda v: v >= 0, "at least 0 (0: off)"),
+    ("label_smoothing ema_decay optimizer.beta1 optimizer.beta2 "
+     "data.max_bad_fraction", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("mixing.probability mixing.switch mixing.erasing",
+     lambda v: 0 <= v <= 1, "in [0, 1]"),
+    ("optimizer.layer_decay data.crop_ratio", lambda v: 0 < v <= 1, "in (0, 1]"),
+    ("seed", lambda v: 0 <= v < 2**32, "in [0, 2^32)"),
+    ("profile_steps", lambda v: not v or (len(v) == 2 and 0 < v[0] <= v[1]),
+     "() or (first, last), from 1"),
+    ("data.image_size", lambda v: v >= models.TOTAL_STRIDE,
+     f"at least {models.TOTAL_STRIDE}, the smallest image that the network can reduce"),
+    ("data.scale", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1,
+     "(least, greatest) in (0, 1]"),
+    ("data.mean", lambda v: len(v) == 3 and 0 <= min(v) <= max(v) <= 1,
+     "three numbers in [0, 1]"),
+    ("data.std", lambda v: len(v) == 3 and min(v) > 0, "three positive numbers"),
+    ("model.in_channels", lambda v: v == 3, "3 (images)"),
+    ("model.stage_norms", lambda v: not v, "False: it has no classifier"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,49 +140,18 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "config.")
+        for names, ok, constraint in _CONSTRAINTS:
+            for name in names.split():
+                value = attrgetter(name)(self)
+                require(f"config.{name}", value, ok(value), constraint)
         data, optimizer = self.data, self.optimizer
-        positive = ("train_epochs", "batch_size", "eval_batch_size", "log_every_steps")
-        for name in (*positive, "eval_every_epochs", "accumulation_steps"):
-            value = getattr(self, name)
-            require(f"config.{name}", value, value > 0, "positive")
-        require("config.seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)")
-        for name, value in (
-            ("label_smoothing", self.label_smoothing),
-            ("ema_decay", self.ema_decay),
-            ("optimizer.beta1", optimizer.beta1),
-            ("optimizer.beta2", optimizer.beta2),
-        ):
-            require(f"config.{name}", value, 0 <= value < 1, "in [0, 1)")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self.mixing, name)
-            require(f"config.mixing.{name}", value, value >= 0, "at least 0 (0: off)")
-        for name in ("probability", "switch", "erasing"):
-            value = getattr(self.mixing, name)
-            require(f"config.mixing.{name}", value, 0 <= value <= 1, "in [0, 1]")
-        for name in ("cooldown_epochs", "checkpoint_every_steps", "max_skipped_steps"):
-            value = getattr(self, name)
-            require(f"config.{name}", value, value >= 0, "at least 0")
-        value = self.profile_steps
-        ok = not value or (len(value) == 2 and 0 < value[0] <= value[1])
-        require("config.profile_steps", value, ok, "() or (first, last), from 1")
-        for name in ("lr", "eps"):
-            value = getattr(optimizer, name)
-            require(f"config.optimizer.{name}", value, value > 0, "positive")
-        for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay"):
-            value = getattr(optimizer, name)
-            require(f"config.optimizer.{name}", value, value >= 0, "at least 0")
         for name in ("warmup_lr", "min_lr"):
             value, most = getattr(optimizer, name), optimizer.lr
             ok, text = value <= most, f"at most optimizer.lr={most}"
             require(f"config.optimizer.{name}", value, ok, text)
-        require(
-            "config.optimizer.warmup_epochs",
-            optimizer.warmup_epochs,
-            optimizer.warmup_epochs < self.train_epochs,
-            f"less than train_epochs={self.train_epochs}",
-        )
-        value = optimizer.layer_decay
-        require("config.optimizer.layer_decay", value, 0 < value <= 1, "in (0, 1]")
+        value, epochs = optimizer.warmup_epochs, self.train_epochs
+        ok, text = value < epochs, f"less than train_epochs={epochs}"
+        require("config.optimizer.warmup_epochs", value, ok, text)
         try:
             re.compile(optimizer.frozen)
         except re.error as error:
@@ -162,36 +159,10 @@ class Config:
                 f"config.optimizer.frozen={optimizer.frozen!r} is no regular "
                 f"expression ({error}): write it like 'stem|stages.0'."
             ) from error
-        value = optimizer.clip_norm
-        require("config.optimizer.clip_norm", value, value >= 0, "at least 0 (0: off)")
-        least = models.TOTAL_STRIDE
-        require(
-            "config.data.image_size",
-            data.image_size,
-            data.image_size >= least,
-            f"at least {least}, the smallest image that the network can reduce",
-        )
-        for name in ("crop_padding", "workers"):
-            value = getattr(data, name)
-            require(f"config.data.{name}", value, value >= 0, "at least 0")
-        value = data.max_bad_fraction
-        require("config.data.max_bad_fraction", value, 0 <= value < 1, "in [0, 1)")
-        ok = 0 < data.crop_ratio <= 1
-        require("config.data.crop_ratio", data.crop_ratio, ok, "in (0, 1]")
         ok = data.decode == "exact" or data.crop == "resized"
         require("config.data.decode", data.decode, ok, "exact for padded crops")
         if data.rand_augment:
             rand_augment.parse(data.rand_augment)
-        ok = len(data.scale) == 2 and 0 < data.scale[0] <= data.scale[1] <= 1
-        require("config.data.scale", data.scale, ok, "(least, greatest) in (0, 1]")
-        ok = len(data.mean) == 3 and 0 <= min(data.mean) <= max(data.mean) <= 1
-        require("config.data.mean", data.mean, ok, "three numbers in [0, 1]")
-        ok = len(data.std) == 3 and min(data.std) > 0
-        require("config.data.std", data.std, ok, "three positive numbers")
-        ok = self.model.in_channels == 3
-        require("config.model.in_channels", self.model.in_channels, ok, "3 (images)")
-        ok = not self.model.stage_norms
-        require("config.model.stage_norms", True, ok, "False: it has no classifier")
 
 
 def default_config() -> ConfigDict:
