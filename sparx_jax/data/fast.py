@@ -20,19 +20,12 @@ import numpy as np
 from PIL import Image
 
 from sparx_jax.data.config import DataConfig
-from sparx_jax.data.rand_augment import Draw
+from sparx_jax.data.rand_augment import MATRICES, Draw
 from sparx_jax.data.transforms import Choice, decode_image, make_choose, mean_color
 from sparx_jax.errors import UserError
 
 AREA_FROM = 1.5  # shrinking from which averaging over areas is worth its time
 
-# Where the pixel at (x, y) comes from, as the matrix of an affine map.
-_MATRICES = {
-    "ShearX": lambda factor, width, height: ((1, factor, 0), (0, 1, 0)),
-    "ShearY": lambda factor, width, height: ((1, 0, 0), (factor, 1, 0)),
-    "TranslateXRel": lambda share, width, height: ((1, 0, share * width), (0, 1, 0)),
-    "TranslateYRel": lambda share, width, height: ((1, 0, 0), (0, 1, share * height)),
-}
 # A channel's new value follows from its old one: read off at each value once.
 _BY_VALUE = (
     *("Invert", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd"),
@@ -126,7 +119,7 @@ def _transform(cut_and_choice: tuple[np.ndarray, Choice], rng, *, size, fill):
 def operate(draw: Draw, image: np.ndarray, fill: tuple) -> np.ndarray:
     """`draw.apply` on a uint8 array (height, width, 3), most of it by OpenCV."""
     cv2, _ = _imports()
-    if draw.name in _MATRICES or draw.name == "Rotate":
+    if draw.name in MATRICES or draw.name == "Rotate":
         return _move(draw, image, fill)
     if draw.name in _BY_VALUE:
         return cv2.LUT(image, np.asarray(draw.apply(_VALUES, fill))[..., 0])
@@ -147,7 +140,8 @@ def _move(draw, image, fill):
         centre = ((width - 1) / 2, (height - 1) / 2)
         matrix, inverse = cv2.getRotationMatrix2D(centre, draw.argument, 1.0), 0
     else:
-        matrix = np.array(_MATRICES[draw.name](draw.argument, width, height), float)
+        numbers = MATRICES[draw.name](draw.argument, width, height)
+        matrix = np.array(numbers, float).reshape(2, 3)
         # Pillow counts from the corner of the first pixel, OpenCV from its centre.
         matrix[:, 2] += matrix[:, :2] @ (0.5, 0.5) - 0.5
         inverse = cv2.WARP_INVERSE_MAP

@@ -67,51 +67,6 @@ def solarize_add(image, add, resample, fill):
     return image.point(table * 3)
 
 
-def color(image, factor, resample, fill):
-    """0: grey, 1: unchanged, above: more saturated."""
-    return ImageEnhance.Color(image).enhance(factor)
-
-
-def contrast(image, factor, resample, fill):
-    """0: the mean grey, 1: unchanged, above: more contrast."""
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
-def brightness(image, factor, resample, fill):
-    """0: black, 1: unchanged, above: brighter."""
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def sharpness(image, factor, resample, fill):
-    """0: smooth, 1: unchanged, above: sharper."""
-    return ImageEnhance.Sharpness(image).enhance(factor)
-
-
-def shear_x(image, factor, resample, fill):
-    """Moves row y by -factor * y pixels to the right."""
-    return _affine(image, (1, factor, 0, 0, 1, 0), resample, fill)
-
-
-def shear_y(image, factor, resample, fill):
-    """Moves column x by -factor * x pixels downwards."""
-    return _affine(image, (1, 0, 0, factor, 1, 0), resample, fill)
-
-
-def translate_x(image, share, resample, fill):
-    """Moves the image by -share of its width to the right."""
-    return _affine(image, (1, 0, share * image.width, 0, 1, 0), resample, fill)
-
-
-def translate_y(image, share, resample, fill):
-    """Moves the image by -share of its height downwards."""
-    return _affine(image, (1, 0, 0, 0, 1, share * image.height), resample, fill)
-
-
-def _affine(image, matrix, resample, fill):
-    affine = Image.Transform.AFFINE
-    return image.transform(image.size, affine, matrix, resample, fillcolor=fill)
-
-
 class Operation(NamedTuple):
     """A pure function of an image and what its level means."""
 
@@ -127,8 +82,30 @@ def _signed(greatest):
     return lambda level, sign: sign * (level / 10 * greatest)
 
 
-def _enhancement(level, sign):
-    return max(0.1, 1 + sign * (level / 10 * 0.9))
+def _enhancing(kind, weight):
+    """Towards grey, the mean grey, black or a smooth image at 0; away above 1."""
+    return Operation(
+        lambda image, factor, resample, fill: kind(image).enhance(factor),
+        lambda level, sign: max(0.1, 1 + sign * (level / 10 * 0.9)),
+        weight,
+    )
+
+
+# Where the pixel at (x, y) comes from, as the six numbers of an affine map.
+MATRICES = {
+    "ShearX": lambda factor, width, height: (1, factor, 0, 0, 1, 0),
+    "ShearY": lambda factor, width, height: (1, 0, 0, factor, 1, 0),
+    "TranslateXRel": lambda share, width, height: (1, 0, share * width, 0, 1, 0),
+    "TranslateYRel": lambda share, width, height: (1, 0, 0, 0, 1, share * height),
+}
+
+
+def _moving(name, greatest, weight):
+    def move(image, argument, resample, fill):
+        affine, matrix = Image.Transform.AFFINE, MATRICES[name](argument, *image.size)
+        return image.transform(image.size, affine, matrix, resample, fillcolor=fill)
+
+    return Operation(move, _signed(greatest), weight)
 
 
 OPERATIONS = {
@@ -145,14 +122,14 @@ OPERATIONS = {
     "SolarizeAdd": Operation(
         solarize_add, lambda level, sign: min(128, int(level / 10 * 110)), 0.05
     ),
-    "ColorIncreasing": Operation(color, _enhancement, 0.25),
-    "ContrastIncreasing": Operation(contrast, _enhancement, 0.05),
-    "BrightnessIncreasing": Operation(brightness, _enhancement, 0.05),
-    "SharpnessIncreasing": Operation(sharpness, _enhancement, 0.25),
-    "ShearX": Operation(shear_x, _signed(0.3), 2),
-    "ShearY": Operation(shear_y, _signed(0.3), 2),
-    "TranslateXRel": Operation(translate_x, _signed(0.45), 1),
-    "TranslateYRel": Operation(translate_y, _signed(0.45), 1),
+    "ColorIncreasing": _enhancing(ImageEnhance.Color, 0.25),
+    "ContrastIncreasing": _enhancing(ImageEnhance.Contrast, 0.05),
+    "BrightnessIncreasing": _enhancing(ImageEnhance.Brightness, 0.05),
+    "SharpnessIncreasing": _enhancing(ImageEnhance.Sharpness, 0.25),
+    "ShearX": _moving("ShearX", 0.3, 2),
+    "ShearY": _moving("ShearY", 0.3, 2),
+    "TranslateXRel": _moving("TranslateXRel", 0.45, 1),
+    "TranslateYRel": _moving("TranslateYRel", 0.45, 1),
 }
 """By timm's names."""
 
