@@ -8,34 +8,6 @@ from sparx_jax.layers import init
 from sparx_jax.typing import Array, Float
 
 
-def conv3x3(
-    dim: int,
-    out_dim: int,
-    *,
-    stride: int,
-    bias: bool = False,
-    kernel_init: init.Initializer = init.weights,
-    dtype: jnp.dtype,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
-    """3 x 3 convolution, one pixel of padding on every side.
-
-    XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the image.
-    """
-    return nnx.Conv(
-        dim,
-        out_dim,
-        (3, 3),
-        stride,
-        padding=1,
-        use_bias=bias,
-        kernel_init=kernel_init,
-        bias_init=init.biases,
-        dtype=dtype,
-        rngs=rngs,
-    )
-
-
 def pointwise(
     dim: int, out_dim: int, *, bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
 ) -> nnx.Linear:

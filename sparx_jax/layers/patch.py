@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparx_jax.layers import init
-from sparx_jax.layers.conv import conv3x3, pointwise
+from sparx_jax.layers.conv import pointwise
 from sparx_jax.layers.norm import BatchNorm, LayerNorm
 from sparx_jax.ops import gelu
 from sparx_jax.typing import Array, Float
@@ -14,6 +14,35 @@ from sparx_jax.typing import Array, Float
 PATCH = 4
 
 ConvNorm = Literal["batch", "layer"]
+
+
+def conv3x3(
+    dim: int,
+    out_dim: int,
+    *,
+    stride: int,
+    norm: ConvNorm,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """3 x 3 convolution before a norm, one pixel of padding on every side.
+
+    XLA's "SAME" would pad a stride-2 window by (0, 1) and shift the image.  SparX's
+    BatchNorm makes a bias void; VMamba's convolutions are initialised as torch's.
+    """
+    own = norm == "batch"
+    return nnx.Conv(
+        dim,
+        out_dim,
+        (3, 3),
+        stride,
+        padding=1,
+        use_bias=not own,
+        kernel_init=init.weights if own else init.torch_conv,
+        bias_init=init.biases,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 class Stem(nnx.Module):
@@ -28,14 +57,14 @@ class Stem(nnx.Module):
         dim: int,
         *,
         num_convs: int,
-        norm: ConvNorm = "batch",
+        norm: ConvNorm,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         dims = (in_dim, *[dim // 2] * (num_convs - 1), dim)
         strides = (2, *[1] * (num_convs - 2), 2)
         self.convs = nnx.List(
-            conv3x3(a, b, stride=stride, **_conv_of(norm), dtype=dtype, rngs=rngs)
+            conv3x3(a, b, stride=stride, norm=norm, dtype=dtype, rngs=rngs)
             for a, b, stride in zip(dims[:-1], dims[1:], strides, strict=True)
         )
         self.norms = nnx.List(_norm_of(norm)(d) for d in dims[1:])
@@ -56,12 +85,12 @@ class Downsample(nnx.Module):
         dim: int,
         out_dim: int,
         *,
-        norm: ConvNorm = "batch",
+        norm: ConvNorm,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         make = dict(dtype=dtype, rngs=rngs)
-        self.conv = conv3x3(dim, out_dim, stride=2, **_conv_of(norm), **make)
+        self.conv = conv3x3(dim, out_dim, stride=2, norm=norm, **make)
         self.norm = _norm_of(norm)(out_dim)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
@@ -118,10 +147,3 @@ def _fill_up(x, multiple):
 
 def _norm_of(kind):
     return BatchNorm if kind == "batch" else LayerNorm
-
-
-def _conv_of(kind):
-    """SparX's BatchNorm makes a bias void; VMamba's convolutions are torch's own."""
-    if kind == "batch":
-        return dict(bias=False, kernel_init=init.weights)
-    return dict(bias=True, kernel_init=init.torch_conv)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparx_jax.layers.conv import DepthwiseConv, GroupedPointwise, conv3x3, pointwise
+from sparx_jax.layers.conv import DepthwiseConv, GroupedPointwise, pointwise
 from sparx_jax.layers.mlp import Mlp
-from sparx_jax.layers.patch import Downsample, Stem
+from sparx_jax.layers.patch import Downsample, Stem, conv3x3
 
 # float32 against float64: sums of at most 100 products of about unit size.
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -73,7 +73,8 @@ def gelu(x):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_conv3x3_pads_every_side_by_one(randomised, stride, size):
     """XLA's "SAME" would pad even maps on the far sides only."""
-    conv, x = randomised(conv3x3(3, 4, stride=stride, **make())), draw(2, *size, 3)
+    conv = randomised(conv3x3(3, 4, stride=stride, norm="batch", **make()))
+    x = draw(2, *size, 3)
     expected = convolve(x, value(conv.kernel), stride)
     np.testing.assert_allclose(conv(x), expected, **TOLERANCE)
 
