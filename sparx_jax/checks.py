@@ -13,7 +13,7 @@ def require(name: str, value: Any, ok: bool, constraint: str) -> None:
         raise UserError(f"{name}={value!r} must be {constraint}.")
 
 
-def check_types(config: Any, prefix: str = "") -> None:
+def check_types(config: Any, prefix: str) -> None:
     """Checks the fields of a dataclass against their annotations, also nested ones.
 
     Knows int, float, bool, str, Literal, `X | None`, tuples of one type, dataclasses.

@@ -87,7 +87,7 @@ def wiring_text(configs: Mapping[str, ModelConfig]) -> str:
 
 
 def draw_wiring(
-    axes: Axes, config: ModelConfig, title: str = "", *, legend: bool = True
+    axes: Axes, config: ModelConfig, title: str, *, legend: bool = True
 ) -> None:
     """Draws the four stages in a row, with an arc from each source to its reader.
 
@@ -268,19 +268,6 @@ def report_figure(
     draw_wiring(_add_axes(figure, 0.4, 5.15, WIDTH - 0.7, 2.3), model, "Wiring")
     _draw_wrong_answers(figure, wrong, top=7.85)
     return figure
-
-
-def write_report(
-    path: str | os.PathLike,
-    *,
-    history: Sequence[dict],
-    wrong: Sequence[WrongAnswer],
-    model: ModelConfig,
-    title: str,
-) -> None:
-    """Writes `report_figure` as a PNG of 110 pixels an inch."""
-    figure = report_figure(history=history, wrong=wrong, model=model, title=title)
-    save(render(figure), path, Title=title)
 
 
 def series(history: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -492,6 +479,11 @@ def render(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def write_figure(figure: Figure, path: str | os.PathLike, title: str) -> None:
+    """Writes a PNG of 110 pixels an inch, with its title in it."""
+    save(render(figure), path, Title=title)
 
 
 def save(image: Image.Image, path: str | os.PathLike, **texts: str) -> None:

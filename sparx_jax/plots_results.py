@@ -1,6 +1,5 @@
 """The figure of an evaluation at several resolutions."""
 
-import os
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
@@ -14,8 +13,6 @@ from sparx_jax.plots import (
     add_legend,
     new_figure,
     panel,
-    render,
-    save,
 )
 
 # The last two are Okabe and Ito's as well.
@@ -40,10 +37,3 @@ def resolutions_figure(curves: Mapping[str, Mapping[int, float]], title: str) ->
     axes.set_xticks(sorted({size for curve in curves.values() for size in curve}))
     axes.yaxis.set_major_formatter("{x:,.6g}")
     return figure
-
-
-def write_resolutions(
-    path: str | os.PathLike, curves: Mapping[str, Mapping[int, float]], title: str
-) -> None:
-    """Writes `resolutions_figure` as a PNG."""
-    save(render(resolutions_figure(curves, title)), path, Title=title)

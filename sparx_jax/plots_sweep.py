@@ -1,6 +1,5 @@
 """The figure of a sweep: a dot for each run, mean and deviation of each group."""
 
-import os
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -14,8 +13,6 @@ from sparx_jax.plots import (
     WIDTH,
     new_figure,
     panel,
-    render,
-    save,
     write_line,
 )
 
@@ -30,12 +27,12 @@ class Group(NamedTuple):
     """Percent, one for each finished run."""
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation (n - 1), without the latter for a single value."""
     if not values:
         return "–"  # noqa: RUF001
-    text = f"{mean(values):,.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):,.{digits}f}"
+    text = f"{mean(values):,.2f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):,.2f}"
 
 
 def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
@@ -63,8 +60,3 @@ def sweep_figure(groups: Sequence[Group], title: str) -> Figure:
     if not any(group.top1 for group in groups):
         axes.set(xticks=[])
     return figure
-
-
-def write_sweep(path: str | os.PathLike, groups: Sequence[Group], title: str) -> None:
-    """Writes `sweep_figure` as a PNG."""
-    save(render(sweep_figure(groups, title)), path, Title=title)

@@ -319,7 +319,8 @@ def write_results(
     points: Sequence[Point], grid: dict[str, list[str]], workdir: str
 ) -> None:
     """Prints the table and writes results.md, .csv and .png."""
-    from sparx_jax.plots_sweep import Group, spread, write_sweep
+    from sparx_jax.plots import write_figure
+    from sparx_jax.plots_sweep import Group, spread, sweep_figure
 
     results = [result(point) for point in points]
     groups = {}
@@ -370,7 +371,8 @@ def write_results(
         )
     replace_text(folder / "results.csv", lines.getvalue())
     with storage_errors(folder):
-        write_sweep(folder / "results.png", pictured, folder.name)
+        figure = sweep_figure(pictured, folder.name)
+        write_figure(figure, folder / "results.png", folder.name)
 
 
 def _table(header, rows):

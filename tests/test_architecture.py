@@ -27,7 +27,7 @@ ALLOWED = {
     "plots": {"models"},
     "plots_sweep": {"plots"},
     "plots_results": {"plots"},
-    "sweep": {"training", "plots_sweep", "errors"},
+    "sweep": {"training", "plots", "plots_sweep", "errors"},
     "chips": {"errors"},
     "compile": {"chips", "errors", "ops", "parallel", "training"},
     "summary": {"models", "plots", "errors", "checks"},

@@ -306,7 +306,8 @@ def test_series_sorts_by_step_and_the_last_record_counts():
 def test_written_report_is_a_png_with_its_title(tmp_path, count, inches):
     path = tmp_path / "report.png"
     options = dict(history=make_history(), model=CONFIGS["sparx_mamba_nano"])
-    plots.write_report(path, wrong=make_wrong(count), title="Größe $1", **options)
+    options |= dict(wrong=make_wrong(count), title="Größe $1")
+    plots.write_figure(plots.report_figure(**options), path, options["title"])
     with Image.open(path) as image:
         image.load()
         assert image.size == (1320, int(inches * 110))

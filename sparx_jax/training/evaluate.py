@@ -281,14 +281,15 @@ def write_report(
     path = Path(workdir) / "report.png"
     if jax.process_index() == 0:
         right = f"{evaluation.top1:.2f} % of {evaluation.examples:,} images right"
-        content = dict(
+        title = f"{title}: {right}"
+        figure = plots.report_figure(
             history=read_metrics(workdir),
             wrong=wrong_answers(evaluation, source, config.data),
             model=config.model,
-            title=f"{title}: {right}",
+            title=title,
         )
         with storage_errors(path):
-            plots.write_report(path, **content)
+            plots.write_figure(figure, path, title)
     return path
 
 

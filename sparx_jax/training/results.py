@@ -52,13 +52,14 @@ def write_results(
     _add(folder / "results.md", f"{title}:\n\n{table(results)}\n\n")
     _add(folder / "results.jsonl", json.dumps(summary) + "\n")
     if len({result.resolution for result in results}) > 1:
-        from sparx_jax import plots_results  # matplotlib takes a second
+        from sparx_jax import plots, plots_results  # matplotlib takes a second
 
         curves = {}
         for result in results:
             curve = curves.setdefault(result.dataset, {})
             curve[result.resolution] = result.top1
-        plots_results.write_resolutions(folder / "results.png", curves, title)
+        figure = plots_results.resolutions_figure(curves, title)
+        plots.write_figure(figure, folder / "results.png", title)
 
 
 def _add(path, text):
