@@ -380,10 +380,7 @@ def _table(header, rows):
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
-        "| "
-        + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))
-        + " |"
-        for line in lines
+        f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines
     )
 
 
