@@ -349,12 +349,12 @@ class _Window:
     def _read(self, metrics, step):
         metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
         self._count_unreadable(metrics["unreadable"], step)
-        if not metrics["skipped"]:
+        if metrics["skipped"]:
+            self._skipped += 1
+            self._skipped_in_a_row += 1
+        else:
             self._losses.append(metrics["train_loss"])
             self._skipped_in_a_row = 0
-            return metrics
-        self._skipped += 1
-        self._skipped_in_a_row += 1
         if self._skipped_in_a_row > self._config.max_skipped_steps:
             saved = self._checkpoints.latest_step()
             last = f"the last checkpoint is that of step {saved}"
