@@ -105,23 +105,9 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     )
     num_params = _size(state.weights.params)
     num_trained = _size(trainable(state.weights.params, config.optimizer.frozen))
-    if restored := checkpoints.restore_latest(state, settings["model"]):
-        state = restored
+    state, evaluated = _begin(setup, checkpoints, state, allow_config_change)
     start = int(state.step)
-    evaluated, unevaluated = None, False
-    if start:
-        meta = checkpoints.meta(start)
-        differing = changes_of_run(meta["config"], settings)
-        if other := other_class(meta, train_source.class_names):
-            differing.append(other)
-        examples, saved = len(train_source), meta.get("train_examples")
-        if saved not in (None, examples):
-            differing.append(f"{saved:,} training images there, {examples:,} here")
-        _check_config(differing, start, allow_config_change)
-        evaluated = meta["metrics"]
-        unevaluated = lengths.is_eval(start) and evaluated is None
-    else:
-        state = start_from(config.init_from, state, train_source.class_names)
+    unevaluated = start > 0 and lengths.is_eval(start) and evaluated is None
     # After the checks: a refused run leaves all as it was.
     log = MetricsLog(
         workdir,
@@ -264,24 +250,41 @@ def _train(setup, workdir, checkpoints, goodput, stop, allow_config_change):
     say(f"{report} shows the run ({goodput.sentence()})")
 
 
+def _begin(setup, checkpoints, fresh, allow_config_change):
+    """The state of the latest checkpoint and its evaluation, if any; else a new run's.
+
+    Raises UserError if it is of other settings and they are not allowed.
+    """
+    config, source = setup.config, setup.train_source
+    settings, names = as_dict(config), source.class_names
+    state = checkpoints.restore_latest(fresh, settings["model"])
+    if state is None:
+        return start_from(config.init_from, fresh, names), None
+    step = int(state.step)
+    meta = checkpoints.meta(step)
+    differing = changes_of_run(meta["config"], settings)
+    if other := other_class(meta, names):
+        differing.append(other)
+    examples, saved = len(source), meta.get("train_examples")
+    if saved not in (None, examples):
+        differing.append(f"{saved:,} training images there, {examples:,} here")
+    text = "; ".join(differing)
+    if differing and not allow_config_change:
+        raise UserError(
+            f"the checkpoint of step {step} was trained with other settings: {text}; "
+            "use those, another --workdir, or --allow_config_change to go on anyway."
+        )
+    if differing:
+        say(f"going on after step {step:,} with changed settings: {text}")
+    return state, meta["metrics"]
+
+
 def _size(arrays):
     return sum(array.size for array in arrays.values())
 
 
 class _Stopped(Exception):  # noqa: N818
     pass
-
-
-def _check_config(differing, step, allow):
-    if not differing:
-        return
-    text = "; ".join(differing)
-    if not allow:
-        raise UserError(
-            f"the checkpoint of step {step} was trained with other settings: {text}; "
-            "use those, another --workdir, or --allow_config_change to go on anyway."
-        )
-    say(f"going on after step {step:,} with changed settings: {text}")
 
 
 class _Profiler:
