@@ -30,17 +30,25 @@ from sparx_jax.training.step import (
 )
 
 
+def set_up(settings):
+    """Config, network, state, training step and mesh of a run on one device."""
+    config = from_config_dict(settings)
+    schedule = learning_rate(config.optimizer, 10, 100)
+    optimizer = make_optimizer(config.optimizer)
+    mesh = make_mesh(1, 1, jax.devices()[:1])
+    network, state = states.init(
+        config.model, optimizer, seed=0, use_ema=True, mesh=mesh
+    )
+    step = jit_train_step(network, config, optimizer, schedule, state, mesh)
+    return config, network, state, step, mesh
+
+
 def functions(name, image_size, batch_size):
     """Name -> (jitted function, arguments) for forward, gradient and training step."""
     settings = default_config()
     settings.model.name, settings.model.drop_path_rate = name, 0.1
     settings.data.image_size, settings.batch_size = image_size, batch_size
-    config = from_config_dict(settings)
-    schedule = learning_rate(config.optimizer, 10, 100)
-    optimizer, mesh = make_optimizer(config.optimizer), make_mesh(1, 1)
-    network, state = states.init(
-        config.model, optimizer, seed=0, use_ema=True, mesh=mesh
-    )
+    config, network, state, step, _ = set_up(settings)
     weights = state.weights
     images = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
     batch = {"image": images, "label": np.zeros(batch_size, np.int32)}
@@ -53,7 +61,6 @@ def functions(name, image_size, batch_size):
         targets = smooth_targets(batch["label"], config.model.num_classes)
         return cross_entropy(logits, targets).mean()
 
-    step = jit_train_step(network, config, optimizer, schedule, state, mesh)
     return {
         "forward": (jax.jit(loss), (weights.params, batch)),
         "gradient": (jax.jit(jax.grad(loss)), (weights.params, batch)),

@@ -34,18 +34,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
+from benchmarks.compile import set_up
 from benchmarks.ops import grouped_conv, naive_ss2d
 from sparx_jax import summary
 from sparx_jax.ops import norm
-from sparx_jax.parallel import make_mesh
-from sparx_jax.training import state as states
-from sparx_jax.training.config import default_config, from_config_dict
-from sparx_jax.training.optimizer import learning_rate, make_optimizer
-from sparx_jax.training.step import (
-    compile_eval_step,
-    compiler_options,
-    jit_train_step,
-)
+from sparx_jax.training.config import default_config
+from sparx_jax.training.step import compile_eval_step, compiler_options
 
 PEERS = {  # the options of peer.py for networks of the same name here
     "sparx_mamba_t": {
@@ -111,13 +105,7 @@ class Network:
         settings.model.drop_path_rate = 0.2
         settings.data.image_size, settings.batch_size = args.image, args.batch
         settings.mixing.mixup, settings.mixing.cutmix = 0.8, 1.0
-        config = from_config_dict(settings)
-        schedule = learning_rate(config.optimizer, 10, 100)
-        optimizer = make_optimizer(config.optimizer)
-        mesh = make_mesh(1, 1, jax.devices()[:1])
-        network, self.state = states.init(
-            config.model, optimizer, seed=0, use_ema=True, mesh=mesh
-        )
+        config, network, self.state, train, mesh = set_up(settings)
         # The step reuses the memory of its state.
         self.weights = jax.tree.map(jnp.copy, self.state.weights)
         rng, n = np.random.default_rng(0), args.batch
@@ -130,7 +118,6 @@ class Network:
         pixels = (args.image, args.image)
         self.macs = args.batch * summary.macs(config.model, pixels)
         evaluate = compile_eval_step(network, config, self.weights, mesh)
-        train = jit_train_step(network, config, optimizer, schedule, self.state, mesh)
         self._seed = jnp.uint32(0)
         self._lowered = {
             "evaluate": evaluate.lower(self.weights, self.batch),
