@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sparx_jax.errors import UserError
@@ -11,6 +13,14 @@ def require(name: str, value: Any, ok: bool, constraint: str) -> None:
     """Raises UserError unless `ok`: "name=value must be constraint"."""
     if not ok:
         raise UserError(f"{name}={value!r} must be {constraint}.")
+
+
+def check_each(config: Any, prefix: str, constraints: Sequence[tuple]) -> None:
+    """Checks fields one by one, by rows of names, test, and what they must be."""
+    for names, ok, constraint in constraints:
+        for name in names.split():
+            value = attrgetter(name)(config)
+            require(prefix + name, value, ok(value), constraint)
 
 
 def check_types(config: Any, prefix: str) -> None:

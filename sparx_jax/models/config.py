@@ -6,13 +6,40 @@ from typing import Literal
 
 import numpy as np
 
-from sparx_jax.checks import check_types, require
+from sparx_jax.checks import check_each, check_types, require
 from sparx_jax.errors import UserError
 from sparx_jax.layers.aggregator import Fusion
 from sparx_jax.models.wiring import LayerWiring, densenet_wiring, stage_wiring
 from sparx_jax.ops.ss2d import MapScanMethod
 
 NUM_STAGES = 4
+
+
+def _stages(least):
+    """A row's test and sentence: a number for each stage."""
+    test = lambda v: len(v) == NUM_STAGES and min(v) >= least  # noqa: E731
+    return test, f"{NUM_STAGES} numbers of at least {least}"
+
+
+# What a setting must be by itself: names, the test, and what it is called.
+_CONSTRAINTS = (
+    ("depths reductions", *_stages(1)),
+    ("dims", *_stages(4)),
+    ("connector.stride connector.start", *_stages(0)),
+    ("connector.window",
+     lambda v: len(v) == NUM_STAGES and all(n is None or n >= 0 for n in v),
+     f"{NUM_STAGES} numbers of at least 0, or None for no limit"),
+    # The filters are one wider than their stride and must be odd.
+    ("reductions", lambda v: all(n == 1 or n % 2 == 0 for n in v), "1 or even numbers"),
+    ("state_dim inner_ratio attention_groups in_channels window_size head_dim",
+     lambda v: v >= 1, "at least 1"),
+    ("conv_size", lambda v: v >= 1 and v % 2 == 1, "positive and odd"),
+    ("stem_convs", lambda v: v in (2, 3), "2 or 3"),
+    ("drop_path_rate", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("scaled_residual_stages", lambda v: all(0 <= n < NUM_STAGES for n in v),
+     "stages from 0 to 3"),
+    ("num_classes", lambda v: v >= 0, "at least 0"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,52 +122,20 @@ class ModelConfig:
 
     def __post_init__(self):
         check_types(self, "model.")
-        connector = self.connector
-        for name, values, least in (
-            ("depths", self.depths, 1),
-            ("dims", self.dims, 4),
-            ("reductions", self.reductions, 1),
-            ("connector.stride", connector.stride, 0),
-            ("connector.start", connector.start, 0),
-        ):
-            ok = len(values) == NUM_STAGES and all(v >= least for v in values)
-            _require(name, values, ok, f"{NUM_STAGES} numbers of at least {least}")
-        values = connector.window
-        ok = len(values) == NUM_STAGES and all(v is None or v >= 0 for v in values)
-        constraint = f"{NUM_STAGES} numbers of at least 0, or None for no limit"
-        _require("connector.window", values, ok, constraint)
-        # The filters are one wider than their stride and must be odd.
-        ok = all(v == 1 or v % 2 == 0 for v in self.reductions)
-        _require("reductions", self.reductions, ok, "1 or even numbers")
-        for name in (
-            *("state_dim", "inner_ratio", "attention_groups", "in_channels"),
-            *("window_size", "head_dim"),
-        ):
-            value = getattr(self, name)
-            _require(name, value, value >= 1, "at least 1")
-        groups = self.attention_groups
-        ok = all(dim % groups == 0 for dim in self.dims)
-        _require("dims", self.dims, ok, f"divisible by attention_groups={groups}")
+        check_each(self, "model.", _CONSTRAINTS)
+        divisors = {"attention_groups": self.attention_groups}
         if self.mixer == "window_attention":
-            heads = self.head_dim
-            ok = all(dim % heads == 0 for dim in self.dims)
-            _require("dims", self.dims, ok, f"divisible by head_dim={heads}")
-        size = self.conv_size
-        _require("conv_size", size, size >= 1 and size % 2 == 1, "positive and odd")
-        ratio = self.mlp_ratio
+            divisors["head_dim"] = self.head_dim
+        for name, divisor in divisors.items():
+            ok = all(dim % divisor == 0 for dim in self.dims)
+            require("model.dims", self.dims, ok, f"divisible by {name}={divisor}")
+        ratio, classes = self.mlp_ratio, self.num_classes
         ok = all(int(ratio * dim) >= 1 for dim in self.dims)
-        _require("mlp_ratio", ratio, ok, "positive, for a hidden width of at least 1")
-        _require("stem_convs", self.stem_convs, self.stem_convs in (2, 3), "2 or 3")
-        rate = self.drop_path_rate
-        _require("drop_path_rate", rate, 0 <= rate < 1, "in [0, 1)")
-        stages = self.scaled_residual_stages
-        ok = all(0 <= stage < NUM_STAGES for stage in stages)
-        _require("scaled_residual_stages", stages, ok, "stages from 0 to 3")
-        classes = self.num_classes
-        _require("num_classes", classes, classes >= 0, "at least 0")
+        constraint = "positive, for a hidden width of at least 1"
+        require("model.mlp_ratio", ratio, ok, constraint)
         ok = not (self.stage_norms and classes)
         constraint = "0 where stage_norms is set: that form has no classifier"
-        _require("num_classes", classes, ok, constraint)
+        require("model.num_classes", classes, ok, constraint)
 
     def wiring(self, stage: int) -> tuple[LayerWiring, ...]:
         """The connector's table for `stage` (from 0)."""
@@ -183,7 +178,3 @@ def _replace(config, overrides, prefix):
             value = value.item()
         changes[name] = value
     return dataclasses.replace(config, **changes)
-
-
-def _require(name, value, ok, constraint):
-    require(f"model.{name}", value, ok, constraint)

@@ -4,13 +4,12 @@ import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict, config_dict
 
 from sparx_jax import models
-from sparx_jax.checks import check_types, require
+from sparx_jax.checks import check_each, check_types, require
 from sparx_jax.data import DataConfig, rand_augment
 from sparx_jax.errors import UserError
 
@@ -140,10 +139,7 @@ class Config:
 
     def __post_init__(self):
         check_types(self, "config.")
-        for names, ok, constraint in _CONSTRAINTS:
-            for name in names.split():
-                value = attrgetter(name)(self)
-                require(f"config.{name}", value, ok(value), constraint)
+        check_each(self, "config.", _CONSTRAINTS)
         data, optimizer = self.data, self.optimizer
         for name in ("warmup_lr", "min_lr"):
             value, most = getattr(optimizer, name), optimizer.lr
