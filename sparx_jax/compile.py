@@ -332,14 +332,13 @@ def table(rows: list[tuple[str, dict]], chip: Chip, count: int) -> list[str]:
 
 
 def _batch(config, mesh, kind):
-    size, pixels = config.batch_size, config.data.image_size
-    if kind == "eval":
-        size = config.eval_batch_size
+    size = config.batch_size if kind == "train" else config.eval_batch_size
+    pixels = config.data.image_size
     shapes = {
         "image": ((size, pixels, pixels, 3), np.uint8),
         "label": ((size,), np.int32),
+        "weight": ((size,), np.float32),
     }
-    shapes["weight"] = ((size,), np.float32)
     if kind == "eval":
         shapes["index"] = ((size,), np.int32)
     sharding = batch_sharding(mesh)
