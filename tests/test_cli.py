@@ -1,6 +1,7 @@
 """Bad input ends with one sentence that names the value and the remedy."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -184,8 +185,6 @@ def test_a_folder_of_images_trains_and_evaluates(tmp_path):
     assert trained.returncode == 0, trained.stderr
     evaluated = start("eval", *flags)
     assert evaluated.returncode == 0, evaluated.stderr
-    import json
-
     result = json.loads(evaluated.stdout.splitlines()[-1])
     assert result["examples"] == 18 and result["top1"] == 100.0
     assert result["weights"] == "raw"
@@ -193,8 +192,6 @@ def test_a_folder_of_images_trains_and_evaluates(tmp_path):
 
 @pytest.mark.slow
 def test_the_quickstart_reaches_its_accuracy(tmp_path):
-    import json
-
     trained = start("train", DIGITS, f"--workdir={tmp_path}/digits", XLA_FLAGS="")
     assert trained.returncode == 0, trained.stderr
     evaluated = start("eval", DIGITS, f"--workdir={tmp_path}/digits", XLA_FLAGS="")

@@ -53,6 +53,12 @@ def killed_after(steps):
     return batches
 
 
+def metrics_of(**values):
+    """What a step hands to the window, zeros where nothing is given."""
+    names = "train_loss", "learning_rate", "grad_norm", "skipped", "unreadable"
+    return {k: jnp.asarray(v) for k, v in (dict.fromkeys(names, 0.0) | values).items()}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run of 12 steps with evaluations after 4, 8 and 12."""
@@ -226,12 +232,11 @@ def test_too_many_unreadable_in_an_epoch_end_training(run):
     """Each picture comes once an epoch, and an epoch may end within a batch."""
     data = dataclasses.replace(run.config.data, max_bad_fraction=0.25)
     config = dataclasses.replace(run.config, data=data, batch_size=4)
-    metrics = dict.fromkeys(("train_loss", "skipped"), jnp.zeros(()))
 
     def steps(*unreadable):
         window = loop._Window(config, None, None, range(10))
         for step, count in enumerate(unreadable, start=1):
-            window._read(metrics | {"unreadable": jnp.asarray(count)}, step)
+            window._read(metrics_of(unreadable=count), step)
 
     steps(1, 1, 2, 1, 1, 1, 1, 2)  # the third and last have examples of two epochs
     with pytest.raises(BadDataError, match="3 of 10 examples cannot be read"):
@@ -244,8 +249,7 @@ def test_too_many_unreadable_in_an_epoch_end_training(run):
 
 def test_the_step_that_compiles_tells_no_speed(run, capsys):
     window = loop._Window(run.config, loop.plan(run.config, 360), None, range(360))
-    names = "train_loss", "skipped", "unreadable", "learning_rate", "grad_norm"
-    window.add(1, dict.fromkeys(names, jnp.zeros(())), 0.0)
+    window.add(1, metrics_of(), 0.0)
     window.restart()
     assert np.isnan(window.close()["images_per_s"])
     assert "? left" in capsys.readouterr().out
@@ -323,10 +327,8 @@ def test_a_run_that_diverges_tells_what_is_saved(run, saved, told):
     checkpoints = types.SimpleNamespace(latest_step=lambda: saved)
     config = dataclasses.replace(run.config, max_skipped_steps=0)
     window = loop._Window(config, None, checkpoints, range(10))
-    names = "train_loss", "unreadable", "learning_rate", "grad_norm"
-    metrics = dict.fromkeys(names, jnp.zeros(())) | {"skipped": jnp.ones(())}
     with pytest.raises(NonFiniteLossError, match=told):
-        window._read(metrics, 1)
+        window._read(metrics_of(skipped=True), 1)
 
 
 def test_another_number_of_training_images_is_told(tmp_path, run):
@@ -505,12 +507,10 @@ def test_only_skipped_steps_in_a_row_end_a_run(run):
     checkpoints = types.SimpleNamespace(latest_step=lambda: None)
     config = dataclasses.replace(run.config, max_skipped_steps=1)
     window = loop._Window(config, None, checkpoints, range(10))
-    names = "train_loss", "unreadable", "learning_rate", "grad_norm"
-    metrics = dict.fromkeys(names, jnp.zeros(()))
 
     def read(*skipped):
         for step, value in enumerate(skipped, start=1):
-            window._read(metrics | {"skipped": jnp.asarray(value)}, step)
+            window._read(metrics_of(skipped=value), step)
 
     read(True, False, True, False, True)
     with pytest.raises(NonFiniteLossError, match="in 2 steps in a row"):
@@ -522,9 +522,8 @@ def test_unreadable_images_count_for_the_epoch_of_their_own_step(run):
     data = dataclasses.replace(run.config.data, max_bad_fraction=0.25)
     config = dataclasses.replace(run.config, data=data, batch_size=4)
     window = loop._Window(config, None, None, range(8))
-    metrics = dict.fromkeys(("train_loss", "skipped"), jnp.zeros(()))
     for step, count in enumerate((0, 2, 1, 0, 0), start=1):  # two steps an epoch
-        window.add(step, metrics | {"unreadable": jnp.asarray(count)}, 0.0)
+        window.add(step, metrics_of(unreadable=count), 0.0)
 
 
 def test_sessions_begin_at_the_step_they_go_on_from(resumed):
@@ -597,13 +596,11 @@ def test_a_run_tells_its_classes_to_what_it_starts_from(tmp_path, monkeypatch):
 
 def test_a_line_tells_the_mean_of_its_steps_and_counts_what_was_left_out(run):
     window = loop._Window(run.config, loop.plan(run.config, 1437), None, range(1437))
-    names = "learning_rate", "grad_norm"
-    metrics = dict.fromkeys(names, jnp.zeros(()))
     for step, (loss, skipped, unreadable) in enumerate(
         ((1.0, False, 0), (9.0, True, 0), (3.0, False, 2), (5.0, False, 1)), start=1
     ):
-        values = dict(train_loss=loss, skipped=skipped, unreadable=unreadable)
-        window.add(step, metrics | {k: jnp.asarray(v) for k, v in values.items()}, 0.0)
+        told = metrics_of(train_loss=loss, skipped=skipped, unreadable=unreadable)
+        window.add(step, told, 0.0)
     record = window.close()
     assert (record["step"], record["train_loss"]) == (4, 3.0)
     assert (record["skipped_steps"], record["unreadable"]) == (1, 3)
