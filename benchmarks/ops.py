@@ -21,6 +21,7 @@ from jax import lax
 
 from benchmarks import timing
 from sparx_jax.ops import depthwise_conv, gelu, ss2d, triton_gpu
+from sparx_jax.ops.depthwise import _grouped_conv
 from sparx_jax.ops.ss2d import aligned, by_sequences, four_scans
 from sparx_jax.training.step import compiler_options
 
@@ -81,14 +82,6 @@ def naive_ss2d(x, x_proj, dt_proj, dt_bias, a, skip):
     return (by_row.reshape(x.shape) + by_column).astype(x.dtype)
 
 
-def grouped_conv(x, kernel, stride=1):
-    pad = len(kernel) // 2
-    return lax.conv_general_dilated(
-        x, kernel[:, :, None], (stride, stride), [(pad, pad)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
-    )  # fmt: skip
-
-
 def with_gradient(function):
     """The value and all gradients, for a gradient of the value itself."""
 
@@ -122,7 +115,7 @@ def cases(batch: int, dtype: jnp.dtype, only: list[str]):
         args = draw(batch, size, size, channels, dtype=dtype), draw(k, k, channels)
         args = args[0], args[1].astype(dtype)
         name = f"depthwise {k} x {k}, {size} x {size} x {channels}"
-        yield name, depthwise_conv, grouped_conv, args
+        yield name, depthwise_conv, partial(_grouped_conv, stride=1), args
     if "gelu" in only:
         peer = partial(jax.nn.gelu, approximate=False)
         yield (
