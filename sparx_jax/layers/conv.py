@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from sparx_jax import ops
 from sparx_jax.layers import init
@@ -44,7 +45,8 @@ class GroupedPointwise(nnx.Module):
         kernels = self.kernel[...].astype(self.dtype)
         parts = jnp.split(x, len(kernels), -1)
         parts = [ops.matmul(*pair) for pair in zip(parts, kernels, strict=True)]
-        return jnp.concatenate(parts, -1) + self.bias[...].astype(self.dtype)
+        bias = lax.broadcast_to_rank(self.bias[...].astype(self.dtype), x.ndim)
+        return jnp.concatenate(parts, -1) + bias
 
 
 class DepthwiseConv(nnx.Module):

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -57,7 +58,10 @@ class BatchNorm(nnx.Module):
         scale, bias = self.scale[...], self.bias[...]
         if self.use_running_average:
             inverse = lax.rsqrt(self.var[...] + EPS) * scale
-            return ((x - self.mean[...]) * inverse + bias).astype(x.dtype)
+            channels = self.mean[...], inverse, bias
+            mean, inverse, bias = (lax.broadcast_to_rank(c, x.ndim) for c in channels)
+            y = (x.astype(jnp.float32) - mean) * inverse + bias
+            return y.astype(x.dtype)
         y, mean, var = ops.batch_norm(x, scale, bias, eps=EPS)
         count = x.size // x.shape[-1]
         unbiased = var * (count / max(count - 1, 1))
@@ -80,4 +84,8 @@ class ChannelAffine(nnx.Module):
         self.bias = nnx.Param(init.zeros(dim))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        scale, bias = (
+            lax.broadcast_to_rank(p[...].astype(x.dtype), x.ndim)
+            for p in (self.scale, self.bias)
+        )
+        return x * scale + bias

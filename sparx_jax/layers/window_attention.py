@@ -71,10 +71,10 @@ class WindowAttention(nnx.Module):
         scores = jnp.einsum(
             "bwqhc,bwkhc->bwhqk", query, key, preferred_element_type=jnp.float32
         )
-        scores += self._bias(rows, columns)
+        scores += self._bias(rows, columns)[None, None]
         if rows.has_barrier or columns.has_barrier:
             apart = _are_apart(rows, columns)
-            scores = jnp.where(apart[:, None], MASKED, scores)
+            scores = jnp.where(apart[None, :, None], MASKED, scores)
         weights = jax.nn.softmax(scores, -1).astype(value.dtype)
         out = jnp.einsum("bwhqk,bwkhc->bwqhc", weights, value)
         return out.reshape(b, windows, n, -1)

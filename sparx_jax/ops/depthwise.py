@@ -110,7 +110,7 @@ def _grouped_conv(x, kernel, bias=None, *, stride, residual=False):
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
-    y = y if bias is None else y + bias
+    y = y if bias is None else y + lax.broadcast_to_rank(bias, 4)
     return x + y if residual else y
 
 
@@ -147,7 +147,7 @@ def _correlate(padded, kernel, stride=1):
         for j in range(k):
             end = (h - k + 1 + i, w - k + 1 + j, c)
             window = lax.slice(padded, (i, j, 0), end, (stride, stride, 1))
-            total += window * kernel[i, j]
+            total += window * kernel[i : i + 1, j : j + 1]
     return total
 
 
@@ -168,7 +168,9 @@ def _shifted_sum(x, kernel, bias=None, *, stride, residual=False):
         total = _correlate(padded, kernel, stride)
         total = _middle(padded, k) + total if residual else total
         total = total[..., :c]
-        return padded, _write(y, total if bias is None else total + bias, index)
+        if bias is not None:
+            total += lax.broadcast_to_rank(bias, 3)
+        return padded, _write(y, total, index)
 
     # A loop over the images, because what leaves a loop is in memory: XLA would copy
     # the k * k products into every operation that reads the result, a dozen of them.
@@ -205,10 +207,11 @@ def _shifted_sum_vjp(x, kernel, grad, *, stride, residual=False):
             # Copies: XLA:CPU reads the loop's counter anew for every element, and then
             # vectorises nothing; 3 x 3 filters took three times as long.
             rows, grad_row = lax.optimization_barrier((rows, grad_row))
+            taken = (rows[:, j : j + span : stride] for j in range(k))
             *taps, bias = totals
             taps = [
-                total + rows[:, j : j + span : stride] * grad_row
-                for j, total in enumerate(taps)
+                total + part.astype(jnp.float32) * grad_row
+                for total, part in zip(taps, taken, strict=True)
             ]
             return [*taps, bias + grad_row]
 

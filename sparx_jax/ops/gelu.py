@@ -35,14 +35,14 @@ def _backward(x, grad):
     # Equal to 0.5 + 0.5 erf(x / sqrt 2), but not to XLA, which else would compute it in
     # the forward pass alone and keep a map of it in memory until here.
     share = 0.5 - 0.5 * lax.erf(wide * -sqrt(0.5))
-    return ((grad * (share + wide * density)).astype(x.dtype),)
+    return ((_widen(grad) * (share + wide * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_forward, _backward)
 
 
 def _widen(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def _share(x):

@@ -53,7 +53,7 @@ def forward(x, p, dt_proj, dt_bias, a, d):
     As of `triton_gpu.four_scans`; states are l 2 b n d, for rows and for columns.
     """
     x32 = x.astype(jnp.float32)
-    y, states, memory = x32 * _sum(d.astype(jnp.float32)), [], None
+    y, states, memory = x32 * _skip(d), [], None
     for axis in (1, 2):
         way = _prepare(p, dt_proj, dt_bias, a, axis=axis)
         y, kept, memory = _walk(x32, y, way, _memory(way, memory), axis)
@@ -65,7 +65,7 @@ def forward(x, p, dt_proj, dt_bias, a, d):
 def backward(x, p, dt_proj, dt_bias, a, d, states, grad):
     """Gradients of all operands, in their dtypes."""
     x32, grad32 = x.astype(jnp.float32), grad.astype(jnp.float32)
-    grad_x, others, memory = grad32 * _sum(d.astype(jnp.float32)), [], None
+    grad_x, others, memory = grad32 * _skip(d), [], None
     for axis, kept in zip((1, 2), states, strict=True):
         prepare = partial(_prepare, axis=axis)
         way, unprepare = jax.vjp(prepare, p, dt_proj, dt_bias, a)
@@ -83,7 +83,8 @@ def backward(x, p, dt_proj, dt_bias, a, d, states, grad):
 def _prepare(p, dt_proj, dt_bias, a, *, axis):
     batch, height, width, _ = p.shape
     ways = slice(axis - 1, None, 2)  # rows are 0 and 2, columns 1 and 3
-    weights = skewed(jnp.concatenate([dt_proj[ways], dt_bias[ways][:, None]], 1))
+    weights = dt_proj[ways].astype(jnp.float32), dt_bias[ways][:, None]
+    weights = skewed(jnp.concatenate(weights, 1))
     p = p.astype(jnp.float32).reshape(batch, height, width, 4, -1)[..., ways, :]
     tokens = _tokens(p.shape[3 - axis], batch * a[0].size)
     p = jnp.moveaxis(p, axis, 1).reshape(batch, -1, tokens, 2, p.shape[-1])
@@ -209,6 +210,11 @@ def _walk(x, y, way, memory, axis):
 def _sum(x):
     """Over the first of two axes, as a product: XLA:CPU's sums took 3 to 9 times."""
     return _matmul(jnp.ones(len(x), x.dtype), x)
+
+
+def _skip(d):
+    """The sum of the directions' skips, with the axes of a map."""
+    return lax.broadcast_to_rank(_sum(d.astype(jnp.float32)), 4)
 
 
 def _more_memory(memory):

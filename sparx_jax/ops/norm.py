@@ -63,6 +63,7 @@ def layer_norm(
 @partial(jax.jit, static_argnums=(3, 4))  # keeps the trace of a shape
 def _forward(x, scale, bias, axes, eps):
     x32 = x.astype(jnp.float32)
+    scale, bias = (lax.broadcast_to_rank(t, x.ndim) for t in (scale, bias))
     mean, variance = moments(x32, axes)
     inverse = lax.rsqrt(variance + eps)
     y = ((x32 - mean) * (inverse * scale) + bias).astype(x.dtype)
@@ -82,6 +83,7 @@ def _save(x, scale, bias, axes, eps):
 @partial(jax.jit, static_argnums=(0, 1))
 def _backward(axes, eps, saved, grads):
     x, scale, mean, variance = saved
+    scale = lax.broadcast_to_rank(scale, x.ndim)
     grad, centred = grads[0].astype(jnp.float32), x.astype(jnp.float32) - mean
     inverse = lax.rsqrt(variance + eps)
     if axes == (3,):

@@ -62,7 +62,7 @@ def _sequential(x, dt, a, b, c, d, *, reverse):
         def step(h, token):
             x, dt, b, c = token
             delta = jax.nn.softplus(dt)[:, None]
-            h = jnp.exp(delta * a) * h + delta * x[:, None] * b
+            h = jnp.exp(delta * a) * h + delta * x[:, None] * b[None]
             return h, h @ c + d * x
 
         return lax.scan(step, jnp.zeros_like(a), (x, dt, b, c))[1]
@@ -86,10 +86,10 @@ def _associative(x, dt, a, b, c, d, *, reverse):
 
     for k, backwards in enumerate(reverse):
         delta = jax.nn.softplus(f32(dt[k]))[..., None]  # b l d 1
-        decay = jnp.exp(delta * f32(a[k]))
+        decay = jnp.exp(delta * f32(a[k, None, None]))
         drive = delta * x32[..., None] * f32(b[k, :, :, None])
         _, h = lax.associative_scan(combine, (decay, drive), reverse=backwards, axis=1)
-        y += (h * f32(c[k, :, :, None])).sum(-1) + f32(d[k]) * x32
+        y += (h * f32(c[k, :, :, None])).sum(-1) + f32(d[k, None, None]) * x32
     return y.astype(x.dtype)
 
 

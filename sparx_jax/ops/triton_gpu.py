@@ -318,7 +318,7 @@ def _forward(x, p, w, bias, a, d, *, keep=False, interpret):
         _forward_kernel, x, p, w, bias, a,
         steps=steps, outputs=lambda _: [y, states][: 1 + keep], interpret=interpret,
     )  # fmt: skip
-    skip = x.astype(jnp.float32) * d.sum(0)
+    skip = x.astype(jnp.float32) * d.sum(0)[None, None, None]
     y = y.astype(jnp.float32).sum(0).reshape(x.shape) + skip
     # Or else XLA keeps the sum in float32 for those who read it.
     return lax.optimization_barrier(y.astype(x.dtype)), *states
@@ -341,7 +341,7 @@ def _backward(x, p, w, bias, a, d, grad, states, *, interpret):
         steps=tokens // states.shape[2], outputs=outputs, interpret=interpret,
     )  # fmt: skip
     total = grad_x.astype(jnp.float32).sum(0).reshape(x.shape)
-    total += grad.astype(jnp.float32) * d.sum(0)
+    total += grad.astype(jnp.float32) * d.sum(0)[None, None, None]
 
     # With places for B and C, which nothing needs: the r inputs alone would have to be
     # copied out of p.

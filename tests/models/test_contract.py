@@ -173,6 +173,24 @@ def test_every_parameter_receives_gradient(config):
     assert not {path for path in size if not size[path] > limit}
 
 
+@families
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_axis_or_dtype_is_left_to_promotion(config, dtype):
+    """Programs that forbid it to themselves could not call the network otherwise."""
+    config = config.replace(dtype=dtype, drop_path_rate=0.1)
+    graphdef, state = nnx.split(abstract(config))
+
+    def loss(state, x):
+        made = nnx.merge(graphdef, state)
+        made.train()
+        return made(x, key=jax.random.key(0)).sum()
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        shape = 2, 48, 64, 3
+        assert traced(config, "__call__", shape).shape == (2, 5)
+        jax.eval_shape(jax.grad(loss), state, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_torch_names_lead_back_to_the_same_arrays(name):
     config = thin(name)
