@@ -58,8 +58,8 @@ def make_fusion(
         return ConcatFusion(dim, context_dim, out_dim, **make)
     if kind == "sum":
         return SumFusion(dim, out_dim, **make)
-    attention = dict(dmca="channel", dmca_spatial="spatial").get(kind, "none")
-    make |= dict(attention=attention, reduction=reduction, groups=groups)
+    attention = dict(dmca="channel", dmca_spatial="spatial", dmca_no_attention="none")
+    make |= dict(attention=attention[kind], reduction=reduction, groups=groups)
     return Aggregator(dim, context_dim, out_dim, **make)
 
 

@@ -87,7 +87,7 @@ def _block(config, stage, index, key):
     def make():
         return dict(dtype=dtype, rngs=next(rngs))
 
-    mixer, in_dim = _mixer(config, dim, index, make())
+    mixer, in_dim = _MIXERS[config.mixer](config, dim, index, make())
     sources = config.wiring(stage)[index].sources
     if sources:
         project = make_fusion(
@@ -115,18 +115,19 @@ def _block(config, stage, index, key):
     )
 
 
-def _mixer(config, dim, index, make):
-    """The token mixer of a layer and the channels that it takes."""
-    if config.mixer == "window_attention":
-        mixer = WindowAttention(
-            dim,
-            head_dim=config.head_dim,
-            window=config.window_size,
-            shifted=index % 2 == ("even", "odd").index(config.shifted_layers),
-            bias=config.mixer_bias,
-            **make,
-        )
-        return mixer, WindowAttention.input_dim(dim)
+def _window_attention(config, dim, index, make):
+    mixer = WindowAttention(
+        dim,
+        head_dim=config.head_dim,
+        window=config.window_size,
+        shifted=index % 2 == ("even", "odd").index(config.shifted_layers),
+        bias=config.mixer_bias,
+        **make,
+    )
+    return mixer, WindowAttention.input_dim(dim)
+
+
+def _ss2d(config, dim, index, make):
     own = config.downsample == "conv_batch_norm"
     mixer = SS2D(
         dim,
@@ -140,6 +141,10 @@ def _mixer(config, dim, index, make):
         **make,
     )
     return mixer, SS2D.input_dim(dim, config.inner_ratio)
+
+
+# By name, what makes the mixer of a layer, and tells the channels that it takes.
+_MIXERS = {"ss2d": _ss2d, "window_attention": _window_attention}
 
 
 def _stem(config, make):

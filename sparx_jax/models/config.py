@@ -145,12 +145,12 @@ class ModelConfig:
             return (LayerWiring(),) * depth
         if connector.mode == "densenet":
             return densenet_wiring(depth, **reads_input)
-        if connector.mode == "dense_ganglion":
-            return stage_wiring(depth, stride=1, start=0, window=None, **reads_input)
         start, window = connector.start[stage], connector.window[stage]
-        return stage_wiring(
-            depth, stride=stride, start=start, window=window, **reads_input
-        )
+        ganglions = {
+            "sparx": dict(stride=stride, start=start, window=window),
+            "dense_ganglion": dict(stride=1, start=0, window=None),
+        }
+        return stage_wiring(depth, **ganglions[connector.mode], **reads_input)
 
     def replace(self, **overrides) -> "ModelConfig":
         """A validated copy; `connector` may be a dict of the fields to change.

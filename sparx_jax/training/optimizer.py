@@ -28,7 +28,9 @@ def is_decayed(path: str) -> bool:
     for pattern, decayed in WEIGHT_DECAY_RULES:
         if re.search(pattern, path):
             return decayed
-    raise ValueError(f"no weight-decay rule for parameter {path!r}: add one")
+    raise ValueError(
+        f"no weight-decay rule for parameter {path!r}: add one to WEIGHT_DECAY_RULES"
+    )
 
 
 def is_frozen(path: str, frozen: str) -> bool:

@@ -5,9 +5,10 @@ import dataclasses
 import jaxtyping
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparx_jax.errors import UserError
-from sparx_jax.models import ConnectorConfig, ModelConfig, model_config
+from sparx_jax.models import ConnectorConfig, ModelConfig, build, model_config
 
 BASE = dict(depths=(1, 2, 3, 1), dims=(8, 16, 24, 32))
 NAN = float("nan")
@@ -173,3 +174,17 @@ def test_a_start_beyond_the_stage_means_no_ganglion():
 
 def test_integers_pass_for_floats():
     assert ModelConfig(**BASE, mlp_ratio=4, drop_path_rate=0).mlp_ratio == 4
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [("mixer", {"mixer": "new"}), ("mode", {"connector": {"mode": "new"}})],
+)
+def test_a_name_that_nothing_was_written_for_builds_no_other_network(
+    monkeypatch, name, changes
+):
+    """As where a mixer is added to the names alone: it became the selective scan."""
+    monkeypatch.setattr("sparx_jax.models.config.check_types", lambda *_: None)
+    config = model_config("sparx_mamba_nano").replace(**changes)
+    with pytest.raises(KeyError, match="new"):
+        nnx.eval_shape(lambda: build(config, 0))
