@@ -98,6 +98,20 @@ def test_gradient_passes_through_the_statistics(norm):
     np.testing.assert_allclose(grad_bias, cotangent.sum(over), rtol=1e-4, atol=1e-5)
 
 
+@NORMS
+def test_gradients_of_bfloat16_maps_are_summed_in_float32(norm):
+    """Sums in bfloat16 would leave the gradients of scale and bias 8 bits."""
+    x, scale, bias = draw(shape=(2, 28, 28, 24), dtype=jnp.bfloat16)
+    cotangent = draw(mean=1, shape=x.shape, dtype=jnp.bfloat16)[0]
+    _, vjp = jax.vjp(jax.jit(partial(norm, eps=EPS)), x, scale, bias)
+    _, grad_scale, grad_bias = vjp(jnp.asarray(cotangent))
+    wide = cotangent.astype(np.float64)
+    unit = normalize64(x, 1.0, 0.0, AXES[norm])
+    over = (0, 1, 2)
+    np.testing.assert_allclose(grad_bias, wide.sum(over), rtol=1e-5)
+    np.testing.assert_allclose(grad_scale, (wide * unit).sum(over), rtol=1e-3, atol=0.1)
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2), (1, 2, 3), (3,)])
 def test_moments_are_mean_and_biased_variance(axes):
     x = draw(mean=100, std=0.5)[0]
