@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from sparx_jax import chips
@@ -101,6 +103,57 @@ def test_a_step_that_does_not_fit_is_told(capsys):
     step = {"per_device": 8, "peak": 3000.0, "fits": False, "parameters": 4.0}
     text = "\n".join(table([("none, train", step)], CHIP, 4))
     assert "300%: TOO MUCH" in text
+
+
+def test_the_table_predicts_the_time_of_all_devices():
+    """The slower of the two that overlap, then the network; rates are of all images."""
+    times = {"arithmetic": 0.02, "memory": 0.03, "network": 0.01}
+    step = {
+        "per_device": 8,
+        "peak": 500.0,
+        "fits": True,
+        "parameters": 2.0**31,
+        "collectives": {"all-reduce": [3, 2**21]},
+        "predicted_s": times,
+    }
+    xla = step | {"predicted_s": times | {"schedule": 0.07}, "peak": 990.0}
+    lines = table([("none, train", step), ("block, train", xla)], CHIP, 4)
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines}
+    rows = {name: [cell.strip() for cell in row] for name, row in cells.items()}
+    assert rows["one of 4 made"] == ["none, train", "block, train"]
+    assert rows["images a device"] == ["8", "8"]
+    assert rows["parameters"] == ["2.00 GiB"] * 2
+    # The runtime keeps a 64th of the memory for itself.
+    assert rows["of the device's memory"] == ["50%", "99%: TOO MUCH"]
+    assert rows["collectives"] == ["3 all-reduce 2.0 MiB"] * 2
+    assert rows["predicted time"] == [
+        "40 ms, 800 images/s, bound by memory",
+        "80 ms, 400 images/s, bound by schedule",
+    ]
+
+
+def test_steps_are_compiled_for_the_images_of_a_device(monkeypatch):
+    """Of a part of the batch in training, where gradients are accumulated."""
+    seen = []
+
+    def compile_step(config, devices, kind):
+        seen.append((kind, config.batch_size, config.eval_batch_size))
+        return {"peak": 1.0, "fits": True, "remat": config.model.remat}
+
+    monkeypatch.setattr("sparx_jax.compile.compile_step", compile_step)
+    settings, saved = default_config(), []
+    settings.batch_size, settings.eval_batch_size = 32, 24
+    settings.accumulation_steps = 4
+    devices, chip = jax.devices() * 2, find_devices("here")[1]
+    mesh = SimpleNamespace(devices=np.zeros((2, 1)))  # one device cannot be in it twice
+    monkeypatch.setattr("sparx_jax.compile.make_mesh", lambda *_: mesh)
+    report(settings, devices, chip, ["none", "stage"], False, saved.append)
+    assert seen == [("train", 32, 8), ("train", 32, 8), ("eval", 96, 24)]
+    steps = saved[-1]["steps"]
+    for remat in ("none", "stage"):
+        train = steps[remat]["train"]
+        assert (train["per_device"], train["remat"]) == (4, remat)
+    assert steps["eval"]["eval"]["per_device"] == 12
 
 
 def test_unknown_devices_and_missing_compilers_are_told(monkeypatch):

@@ -1,6 +1,7 @@
 """Laws of whole networks, on tiny ones: what compiles is shared between the tests."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -220,6 +221,19 @@ def test_bfloat16_stays_close_and_its_parameters_stay_float32(model, images, log
     error = np.abs(got - logits).max() / np.abs(logits).max()
     assert 1e-4 < error < TOLERANCE["bfloat16"]
     assert {str(a.dtype) for a in by_path(low).values()} == {"float32"}
+
+
+def test_float32_is_not_multiplied_in_less_on_accelerators():
+    """They would take TF32 or bfloat16 where nothing is said, which no CPU shows."""
+    settings = SHORT | dict(dims=(8,) * 4, head_dim=4)
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    for dtype in ("float32", "bfloat16"):
+        model = create_model("sparx_swin_nano", **settings, dtype=dtype)
+        text = str(jax.make_jaxpr(model)(images))
+        products = text.count("dot_general[") + text.count("conv_general_dilated[")
+        exact = len(re.findall(r"precision=\(?(?:Precision\.)?HIGHEST", text))
+        assert products > 20
+        assert exact == products if dtype == "float32" else exact < products / 2
 
 
 # -- wrong input -------------------------------------------------------------------
