@@ -114,7 +114,8 @@ def test_channel_affine_is_the_identity_at_first():
 @pytest.mark.parametrize("layer", [BatchNorm, GroupNorm, LayerNorm, ChannelAffine])
 def test_storage_dtype_is_kept_and_parameters_stay_float32(layer):
     layer = layer(6)
-    layer.train()
     x = jnp.asarray(draw(), jnp.bfloat16)
-    assert layer(x).dtype == jnp.bfloat16
+    for mode in (layer.eval, layer.train):
+        mode()
+        assert layer(x).dtype == jnp.bfloat16
     assert {str(v.dtype) for v in jax.tree.leaves(nnx.state(layer))} == {"float32"}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from sparx_jax.ops import (
     depthwise,
@@ -200,6 +201,38 @@ def test_accelerators_get_kernels_where_the_filter_is_small(
     assert kernels(5, residual=True) == kernels(3) == expected
     assert kernels(7) == kernels(3, stride=2) == 0
     assert kernels(3, side=32) == (0 if platform == "tpu" else expected)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_accelerators_add_the_input_and_sum_over_their_devices(residual, monkeypatch):
+    """What is traced for each platform, on four devices: no kernel runs here."""
+    monkeypatch.setattr(depthwise, "target_vmem", lambda: 4)
+    monkeypatch.setattr(depthwise, "target_kind", lambda: "NVIDIA H200")
+    told = []
+    for kernels in (triton_depthwise, mosaic_depthwise):
+
+        def forward(x, kernel, bias, *, residual, interpret):
+            told.append(residual)
+            return x
+
+        def gradient(x, kernel, grad, *, residual, interpret):
+            told.append(residual)
+            return x, kernel, kernel[0, 0]
+
+        monkeypatch.setattr(kernels, "depthwise", forward)
+        monkeypatch.setattr(kernels, "depthwise_vjp", gradient)
+
+    def gradients(x, kernel, bias):
+        y, vjp = jax.vjp(partial(depthwise_conv, residual=residual), x, kernel, bias)
+        return vjp(y)
+
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    shapes = (4, 5, 6, 8), (3, 3, 8), (8,)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(gradients)(*map(jnp.zeros, shapes))
+    assert len(told) >= 4 and set(told) == {residual}
+    # Of CPUs, GPUs and TPUs: the gradients of filter and bias.
+    assert str(program).count(" = psum") == 3 * 2
 
 
 def test_hand_written_gradient_is_that_of_the_shifted_sum():

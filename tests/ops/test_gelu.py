@@ -32,6 +32,14 @@ def test_values_and_slopes_are_exact(dtype, error):
     np.testing.assert_array_less(np.abs(np.float64(slope) - slopes) / 2, error)
 
 
+def test_bfloat16_is_computed_in_float32():
+    """On CPU XLA does so by itself; a TPU has units for bfloat16."""
+    gradient = jax.grad(lambda x: gelu(x).sum())
+    text = str(jax.make_jaxpr(gradient)(jnp.ones(8, jnp.bfloat16)))
+    assert text.count("f32[8] = erf") == text.count("= erf ") == 2
+    assert "bf16[8] = erf" not in text and "bf16[8] = exp" not in text
+
+
 def test_the_test_tells_it_from_the_approximation():
     values, _ = expected(X)
     near = np.float64(jax.nn.gelu(jnp.asarray(X, jnp.float32), approximate=True))
