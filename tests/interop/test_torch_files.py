@@ -189,9 +189,16 @@ def test_the_order_of_the_file_is_kept(pth):
     assert list(read_torch_file(path)) == names
 
 
-@pytest.mark.parametrize("entry", ["model", "state_dict", "model_state_dict"])
+ENTRIES = ["model", "state_dict", "model_state_dict", "module"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_the_usual_entries_are_found_unasked(pth, entry):
-    tree = {"epoch": 3, "optimizer": {"lr": 0.1}, entry: {"x": whole(WEIGHTS)}}
+    """Where there are several the first of them counts, wherever it stands."""
+    later = ENTRIES[ENTRIES.index(entry) + 1 :]
+    tree = {"epoch": 3, "optimizer": {"lr": 0.1}}
+    tree |= {name: {"x": whole(WEIGHTS, "7")} for name in later}  # not in the file
+    tree[entry] = {"x": whole(WEIGHTS)}
     np.testing.assert_array_equal(
         read_torch_file(write(pth, tree, WEIGHTS))["x"], WEIGHTS
     )

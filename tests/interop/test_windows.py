@@ -63,6 +63,7 @@ def test_weights_load_into_a_network_with_other_windows():
     "name, array",
     [
         (TABLE, np.zeros((24, 2), np.float32)),  # of no square window
+        (TABLE, np.zeros((16, 2), np.float32)),  # of an even number of offsets
         ("head.fc.bias", np.array([0, np.nan, 0], np.float32)),
         (7, np.zeros(3, np.float32)),
     ],
@@ -74,3 +75,12 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(name, array):
         load_torch_weights(model, torch_state_dict(model) | {name: array})
     for old, leaf in zip(before, jax.tree.leaves(nnx.state(model)), strict=True):
         np.testing.assert_array_equal(old, leaf)
+
+
+def test_weights_get_the_dtype_of_the_network_and_leave_it_in_one_piece():
+    """Files may hold half precision, and their writers take bytes as they lie."""
+    model = create_model("swin_t", window_size=3, **TINY)
+    weights = torch_state_dict(model)
+    assert [name for name, a in weights.items() if not a.flags.c_contiguous] == []
+    load_torch_weights(model, {k: a.astype(np.float16) for k, a in weights.items()})
+    assert {str(a.dtype) for a in jax.tree.leaves(nnx.state(model))} == {"float32"}
