@@ -179,16 +179,6 @@ def test_a_stage_hands_every_layer_its_sources():
     np.testing.assert_array_equal(jnp.stack([mine for _, _, mine in calls]), draws)
 
 
-@pytest.mark.parametrize("size", [(33, 47), (97, 131), (32, 32), (224, 160)])
-def test_features_have_strides_4_to_32_rounded_up(model, size):
-    images = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
-    features = jax.eval_shape(model.forward_features, images)
-    for stage, (feature, dim) in enumerate(zip(features, TINY["dims"], strict=True)):
-        stride = 4 * 2**stage
-        expected = (2, *(-(-pixels // stride) for pixels in size), dim)
-        assert feature.shape == expected
-
-
 def test_features_are_the_last_layers(model, images, stop_at):
     layers = [
         [jnp.zeros((4, 1, 1, 1))] * 2 + [jnp.full((4, 1, 1, 1), i)]

@@ -14,6 +14,7 @@ from sparx_jax.errors import UserError
 from sparx_jax.interop import load_torch_weights, torch_state_dict
 from sparx_jax.interop.names import from_torch, to_torch
 from sparx_jax.models import Backbone, ConnectorConfig, list_models, model_config
+from tests.models.test_backbone import randomise
 
 TOLERANCE = {
     # Batches of another size are other compilations of the same arithmetic.
@@ -76,19 +77,7 @@ def traced(config, method, shape):
 
 @functools.cache
 def model(config):
-    """With unit-size weights: the initial ones let tiny networks fade to nothing."""
-    made = Backbone(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(5)
-    for path, variable in nnx.to_flat_state(nnx.state(made)):
-        shape, name = variable.shape, path[-1]
-        value = rng.standard_normal(shape)
-        if name == "kernel" or name.endswith("proj"):
-            value /= np.sqrt(np.prod(shape[:-1] if name == "kernel" else shape[-2]))
-        else:
-            value = 0.2 * value + (name in ("scale", "var", "skip"))
-            value = abs(value) + 0.1 if name == "var" else value
-        variable.set_value(jnp.asarray(value, jnp.float32))
-    return made
+    return randomise(Backbone(config, rngs=nnx.Rngs(0)))
 
 
 def images(*shape):
@@ -110,6 +99,7 @@ def shapes(config):
 def test_features_have_the_declared_strides_and_widths(config, size):
     made = abstract(config)
     features = traced(config, "forward_features", (2, *size, 3))
+    assert made.feature_strides == (4, 8, 16, 32)
     declared = zip(features, made.feature_strides, made.feature_dims, strict=True)
     for feature, stride, dim in declared:
         assert feature.shape == (2, *(-(-side // stride) for side in size), dim)
