@@ -6,12 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from sparx_jax.errors import UserError
-from sparx_jax.parallel import check_rules, make_mesh, state_shardings
+from sparx_jax.parallel import (
+    batch_sharding,
+    check_rules,
+    make_mesh,
+    state_shardings,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +100,27 @@ def test_rules_match_every_array_and_each_of_them_is_needed():
         check_rules(tree, [(r"", "copy"), ("bias", "split")])
     with pytest.raises(ValueError, match=r"no sharding rule matches 'weights/stem\.b"):
         state_shardings(tree, make_mesh(), [(r"kernel$", "split")])
+
+
+def test_batches_and_large_arrays_are_split_and_small_ones_copied():
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
+    assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+    shapes = {
+        "wide.kernel": (128, 512),
+        "odd.kernel": (128, 1023),  # along the largest axis that is divided
+        "small.kernel": (64, 512),
+        "wide.a_log": (128, 512),  # no product reads it
+    }
+    tree = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    specs = {k: s.spec for k, s in state_shardings(tree, mesh).items()}
+    assert specs == {
+        "wide.kernel": P(None, "fsdp"),
+        "odd.kernel": P("fsdp"),
+        "small.kernel": P(),
+        "wide.a_log": P(),
+    }
+    one = jax.sharding.AbstractMesh((8, 1), ("data", "fsdp"))
+    assert state_shardings(tree, one)["wide.kernel"].spec == P()
 
 
 @pytest.mark.parametrize("data, fsdp", [(2, 1), (-1, 2), (-1, -1), (0, 1)])

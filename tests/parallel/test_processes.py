@@ -123,6 +123,11 @@ def test_a_failure_of_one_process_is_raised_on_all(monkeypatch):
         processes.together(fail)
 
 
+def test_a_signal_to_one_process_counts_for_all():
+    assert processes._logical_or(np.array([False, True, False]))
+    assert not processes._logical_or(np.zeros(3, bool))
+
+
 def test_sigterm_becomes_a_request_and_then_death_again():
     before = signal.getsignal(signal.SIGTERM)
     with processes.stop_request() as stop:
@@ -152,4 +157,6 @@ def test_only_a_broken_connection_is_a_lost_peer(monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     lost = processes.lost_peer(gone)
     assert lost.exit_code == 134 and "goes on from the latest" in str(lost)
+    for told in ("UNAVAILABLE: 10.0.0.7:99", "no heartbeat", "coordination service"):
+        assert processes.lost_peer(ValueError(told)) is not None
     assert processes.lost_peer(ValueError("RESOURCE_EXHAUSTED: 3 GB")) is None
