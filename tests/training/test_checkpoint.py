@@ -21,7 +21,7 @@ from sparx_jax.training import workdir as workdirs
 from sparx_jax.training.checkpoint import Checkpoints, other_class
 from sparx_jax.training.config import as_dict
 from sparx_jax.training.evaluate import evaluate_checkpoint
-from sparx_jax.training.fingerprint import differing, fingerprints
+from sparx_jax.training.fingerprint import _sums, differing, fingerprints
 from tests.training.conftest import digest, tiny_settings
 
 
@@ -52,6 +52,18 @@ def test_a_fingerprint_is_two_sums_of_words(dtype):
     factor = (2 * position * 1640531527 + 1) % 2**32
     expected = [int(words.sum() % 2**32), int((words * factor % 2**32).sum() % 2**32)]
     assert fingerprints([array]) == {"0": expected}
+
+
+def test_parts_of_an_array_add_up_to_its_fingerprint():
+    """On several devices each sums its own part, by its place in the whole."""
+    array = np.arange(1, 25, dtype=np.float32).reshape(4, 6)
+    (expected,) = fingerprints([jnp.asarray(array)]).values()
+    total = np.zeros(2, np.uint32)
+    for rows in (slice(0, 2), slice(2, 4)):
+        for columns in (slice(0, 3), slice(3, None)):
+            part = np.ascontiguousarray(array[rows, columns])
+            total += np.array(_sums(part, (rows, columns), array.shape))
+    assert total.tolist() == expected
 
 
 def data_files(item):
