@@ -171,6 +171,9 @@ def _read(
         example = source[index]
         if example["label"] < 0:  # TFDS's for the labels that nobody has published
             raise ValueError("it has no label")
+        if example["label"] >= len(source.class_names):  # the loss would be 0
+            label, classes = example["label"], len(source.class_names)
+            raise ValueError(f"label {label} is none of the {classes} classes")
         return _example(prepare(example["image"]), example["label"], 1, index)
     except Exception as error:  # Pillow's decoders raise errors of every kind
         unknown = isinstance(error, UnidentifiedImageError)

@@ -17,8 +17,9 @@ class Source(Protocol):
     """Labelled images by index; picklable, so that worker processes can read it.
 
     `source[i]` is `{"image": ..., "label": int}`, the image either encoded bytes or a
-    uint8 array (height, width, 3). The label indexes `class_names`; `name(i)` is what
-    messages and reports call the image: its path, or "digits test #12".
+    uint8 array, (height, width, 3) or grey or RGBA. The label, from 0, indexes
+    `class_names`; `name(i)` is what messages and reports call the image: its path, or
+    "digits test #12".
     """
 
     class_names: tuple[str, ...]

@@ -77,7 +77,7 @@ def eval_transform(data: DataConfig) -> Callable[[Image.Image], np.ndarray]:
 
 
 def decode_image(image: bytes | np.ndarray) -> Image.Image:
-    """An RGB image from an encoded file or from a uint8 array (height, width, 3).
+    """An RGB image from an encoded file or from an array: uint8 RGB, RGBA or grey.
 
     Transparency is dropped and 16 bits become 8. Pillow is strict: unlike OpenCV it
     rejects truncated and damaged files.
@@ -85,9 +85,8 @@ def decode_image(image: bytes | np.ndarray) -> Image.Image:
     Raises:
       Exception: of many kinds, as Pillow's decoders raise them.
     """
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    decoded = Image.open(io.BytesIO(image))
+    is_array = isinstance(image, np.ndarray)
+    decoded = Image.fromarray(image) if is_array else Image.open(io.BytesIO(image))
     if decoded.mode.startswith("I;16"):  # convert() would clip at 255, not rescale
         decoded = Image.fromarray((np.asarray(decoded) >> 8).astype(np.uint8))
     decoded.load()

@@ -68,6 +68,8 @@ FILES = {
 class Files:
     """Encoded images in memory; the label is the index."""
 
+    class_names = tuple(map(str, range(50)))
+
     def __init__(self, *contents):
         self.contents = contents
 
@@ -101,17 +103,22 @@ def test_every_kind_of_file_is_read_or_counts_nowhere(crop, caplog):
         assert (f"weight 0: {row}.JPEG (" in caplog.text) == bad, kind
 
 
-def test_an_example_without_label_counts_nowhere(caplog):
-    """TFDS gives -1 where none was published, as for ImageNet's test pictures."""
+def test_an_example_without_a_label_of_the_classes_counts_nowhere(caplog):
+    """TFDS gives -1 where none was published, as for ImageNet's test pictures.
+
+    One beyond the classes, as where a source of one's own counts from 1, would have
+    loss 0, without a word.
+    """
 
     class Unlabelled(Files):
         def __getitem__(self, index):
-            return super().__getitem__(index) | {"label": (0, -1, 2)[index]}
+            return super().__getitem__(index) | {"label": (0, -1, 50)[index]}
 
     source = Unlabelled(*[encode(flat(COLOUR, (8, 8)))] * 3)
     (batch,) = eval_batches(tolerant(), source, batch_size=3)
-    assert batch["weight"].tolist() == [1, 0, 1]
+    assert batch["weight"].tolist() == [1, 0, 0]
     assert "1.JPEG (it has no label)" in caplog.text
+    assert "2.JPEG (label 50 is none of the 50 classes)" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -163,6 +170,8 @@ def test_too_many_bad_examples_stop_the_run_and_five_are_named(batches):
 
 class Records:
     """ArrayRecord files of encoded images; label and image follow from the index."""
+
+    class_names = tuple(map(str, range(50)))
 
     def __init__(self, *paths):
         self.records = ArrayRecordDataSource([str(path) for path in paths])

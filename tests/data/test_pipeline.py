@@ -39,6 +39,7 @@ class Numbered:
     def __init__(self, length):
         rng = np.random.default_rng(0)
         self.images = rng.integers(256, size=(length, 20, 18, 3)).astype(np.uint8)
+        self.class_names = tuple(map(str, range(length)))
 
     def __len__(self):
         return len(self.images)

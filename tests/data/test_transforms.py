@@ -201,6 +201,12 @@ def test_every_colour_mode_becomes_rgb(mode):
     assert np.asarray(decoded).min() > 250
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 4)])
+def test_arrays_become_rgb_too(shape):
+    decoded = decode_image(np.full(shape, 7, np.uint8))
+    assert np.asarray(decoded).tolist() == np.full((4, 5, 3), 7).tolist()
+
+
 def test_sixteen_bits_are_rescaled_to_eight():
     grey = np.array([[0, 256, 32768, 65535]], np.uint16)
     decoded = np.asarray(decode_image(encode(Image.fromarray(grey))))
