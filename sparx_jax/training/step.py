@@ -157,7 +157,8 @@ def _in_parts(gradient, parts, stats, images, targets, key):
 def _raveled(move):
     """`move` on arrays of one axis.
 
-    XLA:CPU compiles equal kernels once, and there are fewer sizes than shapes.
+    XLA:CPU compiles equal kernels once, and there are fewer sizes than shapes.  Adam
+    does not mind; an optimizer that does, such as Muon, must do without.
     """
 
     def on_vectors(*args):
