@@ -40,7 +40,7 @@ class Repeated:
     """
 
     def __init__(self, source):
-        self._source = source
+        self._source, self.class_names = source, source.class_names
 
     def __len__(self):
         return 100 * len(self._source)
