@@ -35,6 +35,7 @@ def test_there_are_four_connectors_of_two_families():
         ablation.get_config("mamba")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mamba", "swin"])
 def test_the_networks_of_a_family_have_equally_many_parameters(family):
     counts = [parameters(f"{family}_{mode}") for mode in MODES]

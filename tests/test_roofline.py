@@ -2,12 +2,15 @@
 
 from math import prod
 
+import pytest
+
 from benchmarks.roofline import PARTS, bounds, by_part, operations
 from sparx_jax import summary
 from sparx_jax.chips import CHIPS
 from sparx_jax.models import model_config
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_summary_stage_by_stage():
     config = model_config("sparx_mamba_nano")
     found = operations(config, 2, 64)

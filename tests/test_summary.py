@@ -209,6 +209,7 @@ def test_memory_is_the_saved_arrays():
     assert 0.9 * one < two - one < one
 
 
+@pytest.mark.slow
 def test_memory_is_less_without_the_connector_and_in_bfloat16():
     options = [{}, {"connector": {"mode": "none"}}, {"dtype": "bfloat16"}]
     full, *less = (
@@ -218,6 +219,7 @@ def test_memory_is_less_without_the_connector_and_in_bfloat16():
     assert max(less) < full
 
 
+@pytest.mark.slow
 def test_models_come_by_family_then_by_size():
     names = list(select("sparx_mamba_*"))
     assert names == [f"sparx_mamba_{size}" for size in ("nano", "t", "s", "b")]

@@ -308,6 +308,7 @@ resource_tracker.register = register
 """
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_leaves_no_workers_and_no_shared_memory(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(NAMED + SLOW_TO_REGISTER)
     trainer = subprocess.Popen(

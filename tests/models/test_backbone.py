@@ -431,6 +431,7 @@ def test_recomputing_changes_no_logit_gradient_or_statistic(images):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["block", "stage"])
 def test_recomputing_works_in_transformations_that_have_the_network(images, remat):
     settings = SHORT | dict(dims=(8,) * 4, head_dim=4)
@@ -495,6 +496,7 @@ class Showing(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 def test_intermediates_are_captured(images):
     model = build(depths=(1,) * 4)
     model.head = Showing()
@@ -502,6 +504,7 @@ def test_intermediates_are_captured(images):
     np.testing.assert_array_equal(captured["head"]["seen"][0], result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparx_mamba_nano", "swin_t"])
 def test_models_are_made_after_one_was_tabulated(name):
     make = partial(create_model, name, depths=(1,) * 4, dims=(8,) * 4, head_dim=4)
@@ -582,6 +585,7 @@ np.save({str(tmp_path / "trained.npy")!r}, trained)
         np.testing.assert_allclose(got, expected, atol=TOLERANCE["compiled"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "block", "stage"])
 def test_parts_in_training_mode_draw_and_keep_their_statistics(images, remat):
     """Called as it is, and jitted."""

@@ -163,6 +163,7 @@ def test_every_parameter_receives_gradient(config):
     assert not {path for path in size if not size[path] > limit}
 
 
+@pytest.mark.slow
 @families
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_axis_or_dtype_is_left_to_promotion(config, dtype):

@@ -134,7 +134,13 @@ def finished(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=() if "params" in kind else pytest.mark.slow)
+        for kind in DAMAGES
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(
     finished, run, tmp_path, capsys, kind
 ):
@@ -174,6 +180,7 @@ def test_damaged_metrics_of_an_old_step_close_no_folder(finished, tmp_path):
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
     """Orbax itself restores it: without the fingerprint nothing would be told.
 
@@ -202,6 +209,7 @@ def test_a_flipped_bit_is_named_by_its_leaf(finished, run, tmp_path):
     assert named and set(named) <= run.init().weights.params.keys(), told
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_step_before_with_the_same_bits(
     finished, run, tmp_path
 ):
@@ -303,6 +311,7 @@ def test_a_write_that_fails_is_told_at_the_next_save(run, tmp_path, monkeypatch)
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_step_is_replaced_only_when_its_successor_is_complete(
     run, tmp_path, monkeypatch
 ):
@@ -363,6 +372,7 @@ def saved(checkpoints, run, step, top1=None):
     checkpoints.wait()
 
 
+@pytest.mark.slow
 def test_checkpoints_between_evaluations_make_room_for_later_ones(run, tmp_path):
     with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
         saved(checkpoints, run, 1, top1=5.0)
@@ -445,6 +455,7 @@ def test_what_was_replaced_gives_way_to_a_complete_successor(run, tmp_path):
     assert not (tmp_path / "replaced").exists()
 
 
+@pytest.mark.slow
 def test_a_step_may_be_damaged_once_more(finished, run, tmp_path):
     workdir = str(shutil.copytree(finished, tmp_path / "run"))
     model = as_dict(run.config)["model"]

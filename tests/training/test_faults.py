@@ -222,6 +222,7 @@ def process_of(workdir, index):
     raise AssertionError(f"no process {index} of {workdir}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_peer_that_never_starts_is_told(tmp_path, index):
     env = {

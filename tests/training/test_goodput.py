@@ -60,6 +60,7 @@ def test_a_torn_file_is_no_reason_to_lose_a_run(tmp_path, text):
     assert (found["from_step"], found["to_step"]) == (4, 6)
 
 
+@pytest.mark.slow
 def test_compiling_the_evaluation_counts_as_compilation(tmp_path, monkeypatch):
     """Steps that do nothing; the first evaluation takes 3 s."""
     names = "train_loss", "grad_norm", "learning_rate", "skipped", "unreadable"

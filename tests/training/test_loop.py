@@ -255,6 +255,7 @@ def test_the_step_that_compiles_tells_no_speed(run, capsys):
     assert "? left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_that_are_prepared_otherwise_are_told(finished, capsys):
     evaluate_checkpoint(tiny_settings(**{"data.mean": (0.5, 0.4, 0.4)}), finished)
     first = capsys.readouterr().out.splitlines()[0]
@@ -274,6 +275,7 @@ def test_results_are_printed_before_anything_is_written(finished, monkeypatch, c
     assert "top1" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_step_that_training_replaces_meanwhile_is_looked_for_again(
     finished, monkeypatch
 ):
@@ -287,6 +289,7 @@ def test_a_step_that_training_replaces_meanwhile_is_looked_for_again(
     assert evaluate_checkpoint(tiny_settings(), finished, step="latest")["step"] == 12
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_saved_when_the_test_images_cannot_be_read(
     tmp_path, monkeypatch, capsys
 ):
@@ -304,6 +307,7 @@ def test_what_was_trained_is_saved_when_the_test_images_cannot_be_read(
     assert "top1" in read_metrics(str(tmp_path))[-1]
 
 
+@pytest.mark.slow
 def test_a_step_without_a_batch_is_no_step(tmp_path, monkeypatch):
     train_batches = loop.train_batches
 
@@ -543,6 +547,7 @@ def stopped_after(polls):
     return stop_request
 
 
+@pytest.mark.slow
 def test_a_stopped_run_logs_the_steps_since_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "stop_request", stopped_after(1))
     with pytest.raises(Preempted, match="after step 2"):
@@ -551,6 +556,7 @@ def test_a_stopped_run_logs_the_steps_since_its_last_line(tmp_path, monkeypatch)
     assert record["step"] == 2 and record["train_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_evaluation_repeats_none(
     tmp_path, monkeypatch
 ):
@@ -565,6 +571,7 @@ def test_a_run_that_was_stopped_before_its_evaluation_repeats_none(
     assert sum("top1" in record for record in read_metrics(workdir)) == 1
 
 
+@pytest.mark.slow
 def test_bad_data_after_an_evaluation_cost_no_checkpoint_its_metrics(
     tmp_path, monkeypatch
 ):

@@ -75,6 +75,7 @@ def test_weight_decay_acts_on_what_the_authors_trainer_decays():
         assert is_decayed(path) == expected, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models("*_t"))
 def test_every_parameter_of_every_family_has_a_rule(name):
     for fusion in ("dmca", "dmca_spatial", "concat"):

@@ -53,6 +53,7 @@ def test_cross_entropy_spreads_the_smoothing_over_all_classes(smoothing):
     np.testing.assert_allclose(out, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_follows_weights_and_statistics(run, batch):
     start = jax.device_get(run.init())
     state = jax.device_get(after(run, batch, 1)[0])
@@ -91,6 +92,7 @@ def test_training_traces_once_and_reuses_the_memory_of_the_state(run, batch):
     assert run.train_step.func._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_the_seed_compile_to_the_same_program(run, batch):
     """So a sweep over seeds compiles once."""
     config, state = run.config, run.init()
@@ -106,6 +108,7 @@ def test_runs_that_differ_in_the_seed_compile_to_the_same_program(run, batch):
     assert program(0) == program(2)
 
 
+@pytest.mark.slow
 def test_without_average_the_state_has_none(run, batch):
     state = run.init()._replace(ema=None)
     step = lambda s: train_step(  # noqa: E731
@@ -158,6 +161,7 @@ def test_parts_add_up_to_the_loss_and_gradient_of_the_batch(batch):
         np.testing.assert_allclose(found[path], expected[path], atol=limit)
 
 
+@pytest.mark.slow
 def test_parts_move_the_statistics_one_after_the_other(batch):
     still = {"model.drop_path_rate": 0.0}
     state, metrics = first_step(batch, accumulation_steps=2, **still)
