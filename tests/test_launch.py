@@ -458,6 +458,7 @@ def started(bench):
     return pid.exists() and pid.read_text() and (bench.folder / "lives").exists()
 
 
+@pytest.mark.slow
 def test_a_detached_command_outlives_its_connection_and_is_attached_to(bench):
     bench.program(
         "trainer", "echo >>lives; until [ -e go ]; do sleep 0.1; done; exit 78"

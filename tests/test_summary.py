@@ -201,6 +201,7 @@ def test_a_scan_counts_by_its_formula_wherever_it_is_called(wrap):
     assert macs_of(scan, *shapes) == 4 * b * side**2 * d * (scans + projections)
 
 
+@pytest.mark.slow
 def test_memory_is_the_saved_arrays():
     """Those of a picture, and a few that are made of parameters only."""
     config = model_config("sparx_mamba_t", **TINY, drop_path_rate=0.1)
@@ -237,6 +238,7 @@ def test_settings_are_python_values_or_text():
     assert title == f"sparx_mamba_t {words}" and not rest
 
 
+@pytest.mark.slow
 def test_published_figures_stand_beside_unchanged_models_only():
     name = "sparx_mamba_nano"
     configs = {"sparx_mamba_t": model_config(name, **TINY), name: model_config(name)}

@@ -246,6 +246,7 @@ def test_a_worker_that_dies_is_replaced_at_the_same_batch(caplog):
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_while_it_starts_is_replaced(monkeypatch, caplog):
     source = Numbered(16)
     source.ballast = bytes(1_000_000)  # more than a pipe holds

@@ -24,6 +24,7 @@ from tests.data.shrunken_imagenet import (
     write_folders,
 )
 
+pytestmark = pytest.mark.slow  # TensorFlow takes seconds to import
 ROOT = Path(__file__).parents[2]
 CLASSES = sorted(set(VAL_WNIDS[:9]))
 

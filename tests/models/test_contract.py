@@ -244,6 +244,7 @@ def test_a_backbone_is_loaded_into_every_form(config, form):
         load_torch_weights(model, other, backbone_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mode, fusion",
     [

@@ -238,6 +238,7 @@ def test_nothing_is_trained_anew_when_all_checkpoints_are_damaged(finished, tmp_
     assert not Path(workdir, "damaged").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_with_the_difference(finished, capsys):
     changed = tiny_settings(**{"seed": 5, "optimizer.lr": 2e-3, "data.workers": 3})
     with pytest.raises(
@@ -392,6 +393,7 @@ def test_the_best_is_the_latest_before_the_first_evaluation_and_new_ones_are_fou
             assert reader.find("best") == reader.find("latest") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which, read", [("latest", [1, 2]), ("1", [1])])
 def test_a_step_that_training_deletes_meanwhile_is_read_no_more(
     run, tmp_path, monkeypatch, which, read

@@ -335,6 +335,7 @@ def test_a_run_that_diverges_tells_what_is_saved(run, saved, told):
         window._read(metrics_of(skipped=True), 1)
 
 
+@pytest.mark.slow
 def test_another_number_of_training_images_is_told(tmp_path, run):
     checkpoints = Checkpoints(str(tmp_path))
     settings = as_dict(run.setup.config)

@@ -147,6 +147,7 @@ def first_step(batch, **settings):
     return step(state, batch)
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_loss_and_gradient_of_the_batch(batch):
     weight = (np.arange(16) % 5 > 0).astype(np.float32)  # some could not be read
     batch = batch | {"weight": weight}
