@@ -209,6 +209,27 @@ def test_a_failing_point_stops_no_other_and_is_tried_again(
     assert logs[1].splitlines()[-2] == f"cores {cores}"
 
 
+def test_a_point_that_another_process_trains_is_skipped(tmp_path, monkeypatch, capsys):
+    """Told by what this attempt has printed, not by an earlier one."""
+    program = tmp_path / "train.py"
+    program.write_text(
+        "import os, sys\n"
+        "if sys.argv[-1].endswith('seed=0'): sys.exit(75)\n"
+        "print(sorted(os.sched_getaffinity(0)))\n"
+        "sys.exit(1)\n"
+    )
+    monkeypatch.setattr(sweep, "TRAIN", program)
+    points, _ = points_of(tmp_path / "runs", "seed=0,1")
+    points[0].folder.mkdir(parents=True)
+    (points[0].folder / "train.log").write_text("from before\n")
+    assert sweep.train_all(points, 2) == points
+    out = capsys.readouterr().out
+    assert "seed=0: SKIPPED with exit code 75: it printed nothing\n" in out
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [f"FAILED with exit code 1: {cores[job::2] or cores}\n" for job in (0, 1)]
+    assert any(share in out for share in shares)
+
+
 def test_a_folder_that_cannot_be_made_stops_no_other_point(tmp_path, trainer, capsys):
     points, _ = points_of(tmp_path / "runs", "seed=0,2,3")
     for point in points:

@@ -14,6 +14,7 @@ from sparx_jax import create_model, load_run
 from sparx_jax.errors import UserError
 from sparx_jax.interop.names import to_torch, torch_name
 from sparx_jax.interop.windows import resize_position_bias
+from sparx_jax.layers.norm import BatchNorm
 from sparx_jax.training import finetune, loop
 from sparx_jax.training import state as states
 from sparx_jax.training.checkpoint import Checkpoints
@@ -57,7 +58,7 @@ def flat(weights):
 
 @pytest.fixture(scope="module")
 def saved(run, tmp_path_factory):
-    """A run's folder with one checkpoint, and the averaged weights in it."""
+    """A run's folder, and the averaged weights of the better of its checkpoints."""
     workdir, state = tmp_path_factory.mktemp("saved"), run.init()
 
     def put(weights, like):
@@ -68,16 +69,21 @@ def saved(run, tmp_path_factory):
         ema=put(scrambled(state.ema, 2), state.ema),
         step=jax.device_put(np.int32(7), state.step.sharding),
     )
+    later = run.init()._replace(step=jax.device_put(np.int32(9), state.step.sharding))
     checkpoints = Checkpoints(str(workdir))
-    metrics = {"top1": 1.0}
-    checkpoints.save(state, as_dict(run.config), metrics, class_names="0123456789")
+    for each, top1 in ((state, 1.0), (later, 0.5)):
+        names = dict(class_names="0123456789")
+        checkpoints.save(each, as_dict(run.config), {"top1": top1}, **names)
     checkpoints.close()
     return workdir, flat(state.ema)
 
 
 def test_a_trained_network_is_loaded_by_its_folder(saved, tmp_path):
     folder, average = saved
-    found = flat(states.split(load_run(folder))[1])
+    model = load_run(folder)
+    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
+    assert norms and all(norm.use_running_average for norm in norms)
+    found = flat(states.split(model)[1])
     raw = flat(states.split(load_run(folder, step=7, weights="raw"))[1])
     assert found.keys() == average.keys() == raw.keys()
     for path, array in average.items():
