@@ -169,12 +169,12 @@ def _read(
     # An exception would end Grain's worker, and with it all that it had yet to read.
     try:
         example = source[index]
-        if example["label"] < 0:  # TFDS's for the labels that nobody has published
+        label, classes = example["label"], len(source.class_names)
+        if label < 0:  # TFDS's for the labels that nobody has published
             raise ValueError("it has no label")
-        if example["label"] >= len(source.class_names):  # the loss would be 0
-            label, classes = example["label"], len(source.class_names)
-            raise ValueError(f"label {label} is none of the {classes} classes")
-        return _example(prepare(example["image"]), example["label"], 1, index)
+        if label >= classes:  # the loss would be 0
+            raise ValueError(f"label {label} is none of the {classes} classes, from 0")
+        return _example(prepare(example["image"]), label, 1, index)
     except Exception as error:  # Pillow's decoders raise errors of every kind
         unknown = isinstance(error, UnidentifiedImageError)
         reason = str(error) or type(error).__name__

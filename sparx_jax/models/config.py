@@ -16,12 +16,12 @@ NUM_STAGES = 4
 
 
 def _stages(least):
-    """A row's test and sentence: a number for each stage."""
+    """The test and its words for settings of a number for each stage."""
     test = lambda v: len(v) == NUM_STAGES and min(v) >= least  # noqa: E731
     return test, f"{NUM_STAGES} numbers of at least {least}"
 
 
-# What a setting must be by itself: names, the test, and what it is called.
+# What settings must be, each by itself: names, the test, and its words.
 _CONSTRAINTS = (
     ("depths reductions", *_stages(1)),
     ("dims", *_stages(4)),

@@ -19,7 +19,7 @@ _FREE_SETTINGS = (
     r"eval_batch_size|eval_every_epochs|log_every_steps|checkpoint_every_steps|"
     r"max_skipped_steps|profile_steps"
 )
-# What a setting must be by itself: names, the test, and what it is called.
+# What settings must be, each by itself: names, the test, and its words.
 _CONSTRAINTS = (
     ("train_epochs batch_size eval_batch_size log_every_steps eval_every_epochs "
      "accumulation_steps optimizer.lr optimizer.eps", lambda v: v > 0, "positive"),

@@ -118,7 +118,7 @@ def test_an_example_without_a_label_of_the_classes_counts_nowhere(caplog):
     (batch,) = eval_batches(tolerant(), source, batch_size=3)
     assert batch["weight"].tolist() == [1, 0, 0]
     assert "1.JPEG (it has no label)" in caplog.text
-    assert "2.JPEG (label 50 is none of the 50 classes)" in caplog.text
+    assert "2.JPEG (label 50 is none of the 50 classes, from 0)" in caplog.text
 
 
 @pytest.mark.parametrize("workers", [0, 1])
